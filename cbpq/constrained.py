@@ -1,0 +1,361 @@
+"""Constraining a model from its optimizer's side: the two-line API.
+
+    constrained = cbpq.constrain(model, optimizer, "two-bit-shift", epochs=10)
+    ...                                   # your loop, unchanged
+    constrained.end_epoch()               # multipliers and window move on
+
+The module's parameters always hold constrained weights; the latent weights live here. Before an optimizer step the
+latent weight and the method's gradient are put in, after it the constrained weight is put back. There is nothing in the
+forward pass: the network runs at its plain speed, under autocast and torch.compile, and evaluating, copying or saving
+it at any time shows the constrained network. Gradients may accumulate over as many backward passes as you like.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cbpq.errors import UsageError
+from cbpq.fileformat import ConstrainedTensor
+from cbpq.layers import LayerChoice, choose_layers
+from cbpq.levels import Grid, LevelSet, level_set
+from cbpq.methods import method_class
+from cbpq.methods.base import Method, Slot, State, Update
+from cbpq.presets import Settings, resolve
+from cbpq.scales import SMALLEST_SCALE, initial_scale
+
+
+@dataclass
+class _Weight:
+    """A constrained weight: where the network keeps it, and what is kept beside it."""
+
+    parameter: nn.Parameter
+    slot: Slot
+
+    @torch.no_grad()
+    def install_latent(self, method: Method) -> None:
+        """Before the step: latent weight in, the method's gradient in, and the learned scale's gradient."""
+        latent, grid, _ = self.slot
+        gradient = self.parameter.grad
+        if gradient is None:
+            return
+        if grid.scale.requires_grad:
+            grid.scale.grad = scale_gradient(gradient, grid.level(latent), grid.scale)
+        self.parameter.grad = method.gradient(self.slot, gradient)
+        self.parameter.copy_(latent)
+
+    @torch.no_grad()
+    def install_constrained(self, method: Method) -> None:
+        """After the step: the moved latent weight out, corrected, and the constrained weight in."""
+        latent, grid, _ = self.slot
+        if self.parameter.grad is None:
+            return
+        latent.copy_(self.parameter)
+        method.after_step(self.slot)
+        if grid.scale.requires_grad:
+            grid.scale.clamp_(min=SMALLEST_SCALE)
+        self.parameter.copy_(method.constrained_weight(self.slot))
+
+
+def scale_gradient(gradient: Tensor, level: Tensor, scale: Tensor) -> Tensor:
+    """Gradient for a learned scale, in the scale's shape: Σ grad × level / Σ level², over the weights that share the
+    scale.
+
+    The numerator is ∂C/∂a, as the constrained weight is a·q. The denominator makes a step of size η change the
+    constrained weights exactly as a step of size η along their gradient would, projected on the one direction (q) that
+    the scale can move them in; so weights and scales share a learning rate whatever the layer's size.
+    """
+    axes = tuple(range(1, level.dim())) if scale.dim() else tuple(range(level.dim()))
+    numerator = (gradient * level).sum(dim=axes)
+    return (numerator / level.square().sum(dim=axes).clamp_min(1)).reshape(scale.shape)
+
+
+class Constrained:
+    """A model whose weights are being led to their levels. Made by ``constrain``.
+
+    Attributes:
+        model: the network, its parameters holding constrained weights.
+        level_set: the constraint.
+        method: how weights are led there.
+        settings: the settings in force.
+        skipped: weights left in floating point, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        levels: LevelSet,
+        method: Method,
+        settings: Settings,
+        layers: LayerChoice,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.level_set = levels
+        self.method = method
+        self.settings = settings
+        self.skipped = dict(layers.skipped)
+        self._epoch = 0
+        parameters = dict(model.named_parameters())
+        owned = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._weights: dict[str, _Weight] = {}
+        for name in layers.constrained:
+            parameter = parameters[name]
+            if id(parameter) not in owned:
+                raise UsageError(
+                    f"the optimizer does not hold {name}: give it all parameters that are to be constrained"
+                )
+            self._weights[name] = _Weight(parameter, self._slot(name, parameter))
+        if settings.learn_scales:
+            self._add_scales(owned[id(parameters[layers.constrained[0]])])
+        method.begin(self._slots())
+        self.project()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _slot(self, name: str, parameter: nn.Parameter) -> Slot:
+        latent = parameter.detach().clone()
+        if latent.dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"{name} is {latent.dtype}: constrain a float32 model and train it under autocast instead")
+        if not bool(latent.isfinite().all()):
+            raise UsageError(f"{name} holds a value that is not finite: the checkpoint is damaged")
+        scale = initial_scale(latent, self.level_set, self.settings.scale_rule, self.settings.scale_granularity)
+        if self.settings.learn_scales:
+            scale.requires_grad_()
+        return Slot(latent, Grid(self.level_set, scale), self.method.start(latent))
+
+    def _add_scales(self, beside: dict[str, Any]) -> None:
+        """Let the optimizer own the learned scales, in a group with the learning rate of the weights' group and no
+        decay.
+        """
+        group: dict[str, Any] = {
+            "params": [slot.grid.scale for slot in self._slots()],
+            "lr": beside["lr"] * self.settings.scale_lr,
+            "weight_decay": 0.0,
+        }
+        if "initial_lr" in beside:  # a scheduler is at work already
+            group["initial_lr"] = beside["initial_lr"] * self.settings.scale_lr
+        self.optimizer.add_param_group(group)
+
+    def _slots(self) -> Iterator[Slot]:
+        return (weight.slot for weight in self._weights.values())
+
+    def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if any(callable(argument) for argument in (*arguments, *keywords.values())):
+            raise UsageError(
+                "optimizer.step(closure) would run the network on latent weights; call step() without a closure"
+            )
+        for name, weight in self._weights.items():
+            if weight.parameter.device != weight.slot.latent.device:
+                raise UsageError(
+                    f"{name} was moved to {weight.parameter.device}: move the model first, then constrain it"
+                )
+            weight.install_latent(self.method)
+
+    def _after_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        for weight in self._weights.values():
+            weight.install_constrained(self.method)
+
+    @torch.no_grad()
+    def advance(self, progress: float) -> Update:
+        """Move window and multipliers on, where the preset ties them to the budget.
+
+        Args:
+            progress: share of the training budget that is used, from 0 to 1. Call as often as you like, for example
+                every step.
+        """
+        return self.method.advance(min(max(progress, 0.0), 1.0), self._slots())
+
+    @torch.no_grad()
+    def end_epoch(self, loss_sum: float | None = None) -> Update:
+        """Tell the method that an epoch is over.
+
+        Args:
+            loss_sum: the loss summed over the epoch's batches. Preset ``paper`` needs it: its schedule compares the
+                Lagrangian of epochs.
+
+        Returns:
+            What changed. A drop of the learning rate has already been applied to the optimizer (and to the base that a
+            scheduler works from).
+
+        Raises:
+            UsageError: the schedule needs the loss and it was not given.
+        """
+        self._epoch += 1
+        self.advance(self._epoch / max(self.settings.epochs, 1))
+        update = self.method.end_epoch(self._slots(), loss_sum)
+        if update.lr_factor != 1:
+            for group in self.optimizer.param_groups:
+                for key in ("lr", "initial_lr"):
+                    if key in group:
+                        group[key] *= update.lr_factor
+        return update
+
+    @torch.no_grad()
+    def project(self, model: nn.Module | None = None) -> None:
+        """Put every constrained weight on its nearest level: of this network, from its latent weights; or of ``model``,
+        a copy whose weights were averaged or otherwise changed, from the values they have.
+        """
+        if model is None:
+            for weight in self._weights.values():
+                weight.parameter.copy_(weight.slot.grid.nearest(weight.slot.latent))
+            return
+        parameters = dict(unwrap(model).named_parameters())
+        for name, weight in self._weights.items():
+            parameters[name].copy_(weight.slot.grid.nearest(parameters[name]))
+
+    def finish(self) -> None:
+        """The end: let go of the optimizer and put every weight on its level, whatever the method left it at."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.project()
+
+    @torch.no_grad()
+    def cfs(self) -> float:
+        """Constraint failure score: mean of Y = 2 |w − nearest| over all constrained latent weights."""
+        total = sum(float(slot.grid.distance(slot.latent).sum(dtype=torch.float64)) for slot in self._slots())
+        return total / sum(slot.latent.numel() for slot in self._slots())
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """What the method adds to the loss at present, Σ λ cs(w): with it, the loss becomes the Lagrangian."""
+        return sum(self.method.penalty(slot) for slot in self._slots())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the constrained parameters, in execution order."""
+        return tuple(self._weights)
+
+    def latent(self, name: str) -> Tensor:
+        """The latent weight of a constrained parameter (not a copy)."""
+        return self._weights[name].slot.latent
+
+    def grid(self, name: str) -> Grid:
+        """Levels and scale of a constrained parameter."""
+        return self._weights[name].slot.grid
+
+    def state(self, name: str) -> State:
+        """What the method keeps for a constrained parameter, such as its multipliers."""
+        return self._weights[name].slot.state
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, ConstrainedTensor]:
+        """Codes and scales of all constrained weights, as they go into a file."""
+        return {
+            name: ConstrainedTensor(
+                codes=grid.codes(latent).cpu().numpy(),
+                scale=grid.scale.detach().float().cpu().reshape(-1 if grid.scale.dim() else ()).numpy(),
+                levels=self.level_set.codes,
+                denominator=self.level_set.denominator,
+                constraint=self.level_set.name,
+            )
+            for name, (latent, grid, _) in ((name, weight.slot) for name, weight in self._weights.items())
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is kept beside model and optimizer: save the three state dicts together to resume exactly."""
+        return {
+            "epoch": self._epoch,
+            "scalars": dict(self.method.scalars),
+            "weights": {
+                name: {"latent": latent, "scale": grid.scale.detach(), **state}
+                for name, (latent, grid, state) in ((name, weight.slot) for name, weight in self._weights.items())
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave, into a model constrained in the same way.
+
+        Raises:
+            UsageError: the state is of other weights, constraint granularity or method.
+        """
+        saved = state_dict["weights"]
+        if set(saved) != set(self._weights):
+            raise UsageError("this state is of a model in which other weights are constrained")
+        for name, (latent, grid, state) in ((name, weight.slot) for name, weight in self._weights.items()):
+            own = {"latent": latent, "scale": grid.scale, **state}
+            if {key: tensor.shape for key, tensor in own.items()} != {key: t.shape for key, t in saved[name].items()}:
+                raise UsageError(f"{name}: this state is of another shape, granularity of scales or method")
+            for key, tensor in own.items():
+                tensor.copy_(saved[name][key])
+        self._epoch = state_dict["epoch"]
+        self.method.scalars.update(state_dict["scalars"])
+        for weight in self._weights.values():
+            weight.parameter.copy_(self.method.constrained_weight(weight.slot))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, from under torch.compile and (distributed) data parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def constrain(
+    model: nn.Module,
+    optimizer: Optimizer,
+    constraint: str | LevelSet = "two-bit-shift",
+    method: str = "cbp",
+    *,
+    preset: str = "default",
+    example_input: Tensor | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    quantize_first: bool = False,
+    quantize_last: bool = False,
+    **settings: Any,
+) -> Constrained:
+    """Constrain a model's weights while ``optimizer`` trains it. Put the model on its device first.
+
+    Args:
+        model: every convolution and linear weight is constrained, except the first convolution and the classifier. Also
+            under torch.compile or DistributedDataParallel.
+        optimizer: any PyTorch optimizer that holds these parameters; stepped without a closure.
+        constraint: ``binary``, ``ternary``, ``one-bit-shift``, ``two-bit-shift``, ``shift:K``, ``levels:…`` or a
+            LevelSet.
+        method: see ``cbpq.methods``.
+        preset: ``default`` ties window and multipliers to the budget of ``epochs``; ``paper`` is the published recipe
+            and wants the epoch's loss in ``end_epoch(loss_sum)``.
+        example_input: a batch as the model takes it, to find its first and last layer if it does not say.
+        include: globs of parameter or module names; only these.
+        exclude: globs of parameter or module names; not these.
+        quantize_first: constrain the first convolution too.
+        quantize_last: constrain the classifier too.
+        **settings: single settings of the preset (see ``cbpq.presets.Settings``), for example ``epochs=30``.
+
+    Raises:
+        UsageError: an unknown name or setting, no layer to constrain, or an optimizer without these parameters.
+    """
+    network = unwrap(model)
+    levels = level_set(constraint)
+    layers = choose_layers(
+        network,
+        example_input=example_input,
+        include=include,
+        exclude=exclude,
+        quantize_first=quantize_first,
+        quantize_last=quantize_last,
+    )
+    chosen = resolve(preset, constraint=levels.name, layers=[("the call", settings)]).settings
+    return bind(network, optimizer, levels, method, chosen, layers)
+
+
+def bind(
+    network: nn.Module, optimizer: Optimizer, levels: LevelSet, method: str, settings: Settings, layers: LayerChoice
+) -> Constrained:
+    """Method × constraint × network × optimizer, with every choice made: what ``constrain`` comes down to."""
+    kind = method_class(method)
+    bound = kind(**{name: getattr(settings, name) for name in kind.settings})
+    return Constrained(network, optimizer, levels, bound, settings, layers)

@@ -1,0 +1,21 @@
+"""How weights are led to their levels: one file for each published method.
+
+A new method is one file with a subclass of ``Method``, and its line in METHODS.
+"""
+
+from cbpq.errors import UsageError, did_you_mean
+from cbpq.methods.base import Method
+from cbpq.methods.cbp import CBP
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (CBP,)}
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; known are {', '.join(METHODS)}")
+    return METHODS[name]

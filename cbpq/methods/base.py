@@ -1,0 +1,88 @@
+"""What a method is: four questions about a weight tensor on a grid of levels, answered by functions with explicit
+state.
+
+A method sees latent weights, gradients and a ``Grid``; never layers, optimizers or trainers. Its tensors per weight
+live in a plain dictionary, its scalars in a plain dictionary too, so that saving a run is saving these.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from cbpq.levels import Grid
+
+State = dict[str, Tensor]
+
+
+class Slot(NamedTuple):
+    """One constrained weight as a method sees it: latent weight, grid, and the method's tensors for it."""
+
+    latent: Tensor
+    grid: Grid
+    state: State
+
+
+@dataclass(frozen=True)
+class Update:
+    """What happened at the end of an epoch (or at a point of the budget) and what the method asks for.
+
+    Attributes:
+        multipliers_updated: the method's per-weight state took a step.
+        lr_factor: the learning rate should be multiplied by this.
+        lagrangian: the Lagrangian summed over the epoch's batches, None where no loss was given.
+    """
+
+    multipliers_updated: bool = False
+    lr_factor: float = 1.0
+    lagrangian: float | None = None
+
+
+class Method(ABC):
+    """How weights are led to their levels. Subclasses are listed in ``cbpq.methods.METHODS``."""
+
+    name: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]]
+    """Names of the settings (see ``cbpq.presets``) that the constructor takes as keywords."""
+
+    scalars: dict[str, Any]
+    """Everything the method remembers that is no tensor; plain numbers, so that it can be saved."""
+
+    @abstractmethod
+    def start(self, latent: Tensor) -> State:
+        """Tensors to keep for one weight."""
+
+    def constrained_weight(self, slot: Slot) -> Tensor:
+        """What the network computes with, in the latent weight's shape."""
+        return slot.grid.nearest(slot.latent)
+
+    @abstractmethod
+    def gradient(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """The gradient the optimizer is to follow, from the loss's gradient at the constrained weight (may be changed
+        in place).
+        """
+
+    @abstractmethod
+    def after_step(self, slot: Slot) -> None:
+        """Correct the latent weight in place after the optimizer moved it (a clamp, a proximal step)."""
+
+    def penalty(self, slot: Slot) -> float:
+        """What the method adds to the loss for this weight tensor, where it adds anything."""
+        return 0.0
+
+    def begin(self, slots: Iterable[Slot]) -> None:  # noqa: B027  # a method need not do anything here
+        """Once, before the first step."""
+
+    def advance(self, progress: float, slots: Iterable[Slot]) -> Update:
+        """Called as training moves through its budget, ``progress`` from 0 to 1."""
+        return Update()
+
+    def end_epoch(self, slots: Iterable[Slot], loss_sum: float | None) -> Update:
+        """Called after each epoch with the loss summed over its batches, where the caller knows it."""
+        return Update()
+
+    def describe(self) -> Mapping[str, float]:
+        """Numbers worth showing while training, such as the window."""
+        return {}

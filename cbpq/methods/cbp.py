@@ -1,0 +1,183 @@
+"""CBP: constrained backpropagation with pseudo-Lagrange multipliers.
+
+Kim & Jeong, *CBP: Backpropagation with constraint on weight precision using a pseudo-Lagrange multiplier method*,
+NeurIPS 2021, arXiv 2110.02550. Minimise the loss C subject to cs(w) = 0 for every weight, by descending in w and
+ascending in λ on the Lagrangian
+
+    L = C(W) + Σ_i λ_i cs(w_i)                                                                                   (1)
+
+============  ===================  ==================================================================
+symbol        here                 meaning
+============  ===================  ==================================================================
+w             ``slot.latent``      latent weight; the network computes with its nearest level
+λ             ``multiplier``       pseudo-Lagrange multiplier, one for each weight, starts at 0
+cs, Y         ``Grid.penalty``     constraint function with window, and without
+g             ``window``           the middle 1/g of each gap between two levels is unconstrained
+p, p_max      ``patience``         epochs since the last multiplier update, and their maximum
+L_prev        ``previous``         Lagrangian of the epoch before, for the published schedule
+============  ===================  ==================================================================
+
+Each step: gradient of (1) at w, straight through the rounding (identity, no mask), clipped by value; the optimizer
+moves w; w is clamped. λ and g move seldom, by one of two schedules:
+
+``lagrangian`` (published): after an epoch whose summed L did not fall, or p_max epochs after the last time, the window
+closes a notch (g+1 below 10, then +10), λ takes one Adam ascent step, and the learning rate drops once, when g reaches
+20.
+
+``progress`` (ours, for a fixed budget): over the run, 1/g falls linearly from 1 to 0 at the share ``window_close`` of
+the budget, and λ takes ``multiplier_updates`` ascent steps at equal distances. Nothing waits for the Lagrangian to
+stall, which in a short run it never does.
+
+Departures from the published code: on a midpoint the upper level is taken (there sign(0) = 0 gives a value that is no
+level).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cbpq.errors import UsageError
+from cbpq.methods.base import Method, Slot, State, Update
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants, as published
+NO_PREVIOUS = 1e10
+LR_DROP_AT_WINDOW = 20
+
+
+class CBP(Method):
+    """Constrained backpropagation.
+
+    Args:
+        multiplier_lr: step size of the ascent in λ; Adam makes a violating weight's λ grow by up to this much per
+            update.
+        multiplier_schedule: ``lagrangian`` or ``progress``, see above.
+        patience: p_max, epochs (``lagrangian``).
+        multiplier_updates: number of ascent steps in the whole budget (``progress``).
+        window_close: share of the budget after which there is no window any more (``progress``).
+        gradient_clip: bound on each component of the Lagrangian's gradient, or 0 for none.
+        clamp: bound on |w| after a step, or 0 for none.
+        lr_drop: factor on the learning rate when g reaches 20 (``lagrangian``).
+    """
+
+    name: ClassVar[str] = "cbp"
+    settings: ClassVar[tuple[str, ...]] = (
+        "multiplier_lr",
+        "multiplier_schedule",
+        "patience",
+        "multiplier_updates",
+        "window_close",
+        "gradient_clip",
+        "clamp",
+        "lr_drop",
+    )
+
+    def __init__(
+        self,
+        *,
+        multiplier_lr: float,
+        multiplier_schedule: str,
+        patience: int,
+        multiplier_updates: int,
+        window_close: float,
+        gradient_clip: float,
+        clamp: float,
+        lr_drop: float,
+    ) -> None:
+        self.multiplier_lr = multiplier_lr
+        self.follows_lagrangian = multiplier_schedule == "lagrangian"
+        self.patience = patience
+        self.multiplier_updates = multiplier_updates
+        self.window_close = window_close
+        self.gradient_clip = gradient_clip
+        self.clamp = clamp
+        self.lr_drop = lr_drop
+        self.scalars: dict[str, Any] = {
+            "window": 1.0,
+            "ascents": 0,
+            "due": 0,
+            "waited": 0,
+            "previous": NO_PREVIOUS,
+            "penalty_sum": 0.0,  # Σ λ cs over the batches of this epoch
+        }
+
+    def start(self, latent: Tensor) -> State:
+        """λ and its two Adam moments, all zero."""
+        return {name: torch.zeros_like(latent) for name in ("multiplier", "moment1", "moment2")}
+
+    def begin(self, slots: Iterable[Slot]) -> None:
+        """One ascent step at g = 1 before the first epoch, as published: it reaches weights beyond the outer levels
+        only.
+        """
+        if self.follows_lagrangian:
+            self._ascend(slots)
+
+    def gradient(self, slot: Slot, gradient: Tensor) -> Tensor:
+        """∂L/∂w = ∂C/∂w + λ cs'(w), clipped by value."""
+        multiplier = slot.state["multiplier"]
+        if self.scalars["ascents"]:  # before the first ascent λ = 0 everywhere
+            penalty, slope = slot.grid.penalty_and_slope(slot.latent, self.scalars["window"])
+            gradient.addcmul_(multiplier, slope)
+            if self.follows_lagrangian:
+                self.scalars["penalty_sum"] += float((multiplier * penalty).sum(dtype=torch.float64))
+        return gradient.clamp_(-self.gradient_clip, self.gradient_clip) if self.gradient_clip else gradient
+
+    def after_step(self, slot: Slot) -> None:
+        """w ← clip(w, −1, 1) as published, or not at all."""
+        if self.clamp:
+            slot.latent.clamp_(-self.clamp, self.clamp)
+
+    def advance(self, progress: float, slots: Iterable[Slot]) -> Update:
+        """Window and multipliers of the ``progress`` schedule."""
+        if self.follows_lagrangian:
+            return Update()
+        free_share = max(0.0, 1 - progress / self.window_close)
+        window = 1 / free_share if free_share else float("inf")
+        self.scalars["window"] = max(self.scalars["window"], window)  # it never opens again
+        due = int(progress * self.multiplier_updates)
+        if due <= self.scalars["due"]:
+            return Update()
+        self.scalars["due"] = due  # a caller that advances in large strides skips ascents, it does not owe them
+        self._ascend(slots)
+        return Update(multipliers_updated=True)
+
+    def end_epoch(self, slots: Iterable[Slot], loss_sum: float | None) -> Update:
+        """Window, multipliers and learning rate of the published schedule."""
+        if not self.follows_lagrangian:
+            return Update()
+        if loss_sum is None:
+            raise UsageError(
+                "the published CBP schedule compares the Lagrangian of epochs: call end_epoch(loss_sum) "
+                "with the epoch's loss summed over its batches, or choose preset='default'"
+            )
+        now = self.scalars
+        lagrangian, now["penalty_sum"] = loss_sum + now["penalty_sum"], 0.0
+        now["waited"] += 1
+        if lagrangian < now["previous"] and now["waited"] < self.patience:
+            now["previous"] = lagrangian
+            return Update(lagrangian=lagrangian)
+        now["window"] += 1 if now["window"] < 10 else 10
+        self._ascend(slots)
+        now["waited"], now["previous"] = 0, NO_PREVIOUS
+        lr_factor = self.lr_drop if now["window"] == LR_DROP_AT_WINDOW else 1.0
+        return Update(multipliers_updated=True, lr_factor=lr_factor, lagrangian=lagrangian)
+
+    def _ascend(self, slots: Iterable[Slot]) -> None:
+        """One Adam step uphill in λ, whose gradient is cs(w) itself. λ never shrinks, as cs ≥ 0."""
+        self.scalars["ascents"] = count = self.scalars["ascents"] + 1
+        for latent, grid, state in slots:
+            penalty = grid.penalty(latent, self.scalars["window"])
+            moment1 = state["moment1"].lerp_(penalty, 1 - BETA1)
+            moment2 = state["moment2"].lerp_(penalty.square_(), 1 - BETA2)
+            denominator = (moment2 / (1 - BETA2**count)).sqrt_().add_(EPSILON)
+            state["multiplier"].addcdiv_(moment1, denominator, value=self.multiplier_lr / (1 - BETA1**count))
+
+    def penalty(self, slot: Slot) -> float:
+        """Σ λ cs(w)."""
+        penalty = slot.grid.penalty(slot.latent, self.scalars["window"])
+        return float((slot.state["multiplier"] * penalty).sum(dtype=torch.float64))
+
+    def describe(self) -> Mapping[str, float]:
+        """The window g."""
+        return {"window": self.scalars["window"]}

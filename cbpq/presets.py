@@ -1,0 +1,204 @@
+"""Every setting of every preset, in one table: the fields of ``Settings``.
+
+``paper`` is the published recipe of CBP (Kim & Jeong 2021, and the authors' code where the paper is silent), with its
+values per model in PAPER_MODELS. ``default`` is a short recipe for a budget of ``epochs``. Values come, the later the
+stronger, from the preset, the preset's line for the model, a configuration file, ``CBPQ_*`` variables and the caller
+(flags, keywords).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
+
+from cbpq.errors import UsageError, did_you_mean
+
+PRESETS = ("default", "paper")
+
+
+def _setting(
+    paper: Any, default: Any, text: str, *, choices: Sequence[str] = (), least: float = 0, most: float = math.inf
+) -> Any:
+    metadata = {"paper": paper, "help": text, "choices": tuple(choices), "least": least, "most": most}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run's settings. Columns: value in preset ``paper``, value in preset ``default``, meaning."""
+
+    # the budget and the optimizer
+    epochs: int = _setting(100, 10, "passes over the training data (the published code has no stopping rule)")
+    batch_size: int = _setting(256, 128, "images per step", least=1)
+    optimizer: str = _setting("sgd", "sgd", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
+    lr: float = _setting(1e-3, 2e-2, "learning rate (its peak, where there is a schedule)")
+    lr_schedule: str = _setting("constant", "cosine", "over the budget", choices=("constant", "cosine"))
+    warmup: float = _setting(0.0, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
+    momentum: float = _setting(0.9, 0.9, "of SGD", most=1)
+    weight_decay: float = _setting(1e-4, 1e-4, "on convolution and linear weights, none on biases and normalisations")
+    seed: int = _setting(0, 0, "of data order, augmentation and anything else random")
+    # the loss
+    distillation: float = _setting(
+        0.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
+    )
+    temperature: float = _setting(1.0, 1.0, "of the distillation's softmax", least=1e-3)
+    # the grid
+    scale_rule: str = _setting("mean-abs", "least-squares", "first scale", choices=("mean-abs", "least-squares"))
+    scale_granularity: str = _setting("layer", "channel", "one scale for each", choices=("layer", "channel"))
+    learn_scales: bool = _setting(False, True, "train the scales along with the weights")
+    scale_lr: float = _setting(1.0, 1.0, "learning rate of learned scales, as a multiple of lr")
+    # the method
+    multiplier_lr: float = _setting(1e-4, 1e-4, "step size of the ascent in the multipliers")
+    multiplier_schedule: str = _setting(
+        "lagrangian", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
+    )
+    patience: int = _setting(20, 20, "p_max, epochs between multiplier updates (schedule lagrangian)", least=1)
+    multiplier_updates: int = _setting(50, 50, "multiplier updates in the whole budget (schedule progress)")
+    window_close: float = _setting(
+        0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
+    )
+    gradient_clip: float = _setting(1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none")
+    clamp: float = _setting(1.0, 1.0, "bound on a latent weight, 0 for none")
+    lr_drop: float = _setting(0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
+    # the end, and the way there
+    batchnorm_batches: int = _setting(0, 100, "training batches to re-estimate BatchNorm statistics from at the end")
+    evaluate_every: int = _setting(1, 1, "epochs between evaluations while training, 0 for none")
+    checkpoint_minutes: float = _setting(5.0, 5.0, "minutes between checkpoints within an epoch")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name."""
+        return dataclasses.asdict(self)
+
+
+SETTINGS = {entry.name: entry for entry in fields(Settings)}
+
+# The published recipe's values per model. "cifar" is the same group's later setting for networks of that scale, and
+# stands here for every input of at most 64 pixels. Shift constraints take a tenth of the learning rate on two of the
+# networks.
+PAPER_MODELS: dict[str, dict[str, Any]] = {
+    "alexnet": {"lr": 1e-3, "batch_size": 256, "weight_decay": 5e-4, "multiplier_lr": 1e-4},
+    "resnet18": {"lr": 1e-3, "batch_size": 256, "weight_decay": 1e-4, "multiplier_lr": 1e-4},
+    "resnet50": {"lr": 1e-3, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-4},
+    "cifar": {"lr": 1e-2, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-3},
+}
+PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
+SMALL_INPUT = 64
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, and where each value comes from."""
+
+    preset: str
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """``{name: {"value": …, "from": …}}``."""
+        return {name: {"value": value, "from": self.origins[name]} for name, value in self.settings.to_dict().items()}
+
+
+def resolve(
+    preset: str = "default",
+    *,
+    architecture: str = "",
+    input_size: int = 224,
+    constraint: str = "",
+    layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> Resolved:
+    """Settings of a preset, overridden by ``layers``.
+
+    Args:
+        preset: one of PRESETS.
+        architecture: the network's name, for the published recipe's table per model.
+        input_size: the larger of height and width, in pixels, for the same.
+        constraint: its name, for the same.
+        layers: (origin, values) from the weakest to the strongest; values may be strings, as environment variables are.
+
+    Raises:
+        UsageError: an unknown preset or setting (with the nearest names), or a value that does not fit.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; known are {', '.join(PRESETS)}")
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def lay(origin: str, mapping: Mapping[str, Any]) -> None:
+        for name, value in mapping.items():
+            values[name] = parse_setting(name, value, origin)
+            origins[name] = origin
+
+    lay(
+        f"preset {preset}",
+        {name: entry.metadata["paper"] if preset == "paper" else entry.default for name, entry in SETTINGS.items()},
+    )
+    if preset == "paper":
+        model = paper_model(architecture, input_size)
+        lay(f"preset paper, model {model}", PAPER_MODELS[model])
+        if model in PAPER_SHIFT_LR and "shift" in constraint:
+            lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
+    for origin, mapping in layers:
+        lay(origin, mapping)
+    return Resolved(preset, Settings(**values), origins)
+
+
+def paper_model(architecture: str, input_size: int) -> str:
+    """The line of PAPER_MODELS for a network: its own, else by the size of its input (ResNet-18's for ImageNet sizes).
+    """
+    name = architecture.split(".")[0]
+    if input_size > SMALL_INPUT:
+        return name if name in PAPER_MODELS else "resnet18"
+    return "cifar"
+
+
+def parse_setting(name: str, value: Any, origin: str) -> Any:
+    """A setting's value in its own type, from that type or from text.
+
+    Raises:
+        UsageError: no such setting, or a value out of its range; the message names ``origin``.
+    """
+    if name not in SETTINGS:
+        raise UsageError(f"unknown setting {name!r} from {origin}{did_you_mean(name, SETTINGS)}")
+    entry = SETTINGS[name]
+    kind = _kind(entry)
+    try:
+        parsed = _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"setting {name}: {value!r} from {origin} is no {_KIND_NAMES[kind]}") from error
+    choices = entry.metadata["choices"]
+    if choices and parsed not in choices:
+        raise UsageError(f"setting {name}: {value!r} from {origin} is none of {', '.join(choices)}")
+    if kind in (int, float):
+        least, most = entry.metadata["least"], entry.metadata["most"]
+        if not math.isfinite(parsed) or not least <= parsed <= most:
+            bound = f"between {least:g} and {most:g}" if most < math.inf else f"at least {least:g}"
+            raise UsageError(f"setting {name}: {value!r} from {origin} must be {bound}")
+    return parsed
+
+
+_KIND_NAMES = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _kind(entry: "dataclasses.Field[Any]") -> type:
+    annotation = entry.type
+    if get_args(annotation) or not isinstance(annotation, type):
+        raise TypeError(f"setting {entry.name} must have a plain type")
+    return annotation
+
+
+def _convert(kind: type, value: Any) -> Any:
+    if isinstance(value, bool) != (kind is bool) and not isinstance(value, str):
+        raise TypeError
+    if kind is bool and isinstance(value, str):
+        if value.lower() not in _TRUTH:
+            raise ValueError
+        return _TRUTH[value.lower()]
+    if kind is int and isinstance(value, float):
+        if value != int(value):
+            raise ValueError
+        return int(value)
+    if kind is str and not isinstance(value, str):
+        raise TypeError
+    return kind(value)
