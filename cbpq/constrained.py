@@ -26,6 +26,7 @@ from cbpq.methods import method_class
 from cbpq.methods.base import Method, Slot, State, Update
 from cbpq.presets import Settings, resolve
 from cbpq.scales import SMALLEST_SCALE, initial_scale
+from cbpq.tracing import unwrapped
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Constrained:
             for weight in self._weights.values():
                 weight.parameter.copy_(weight.slot.grid.nearest(weight.slot.latent))
             return
-        parameters = dict(unwrap(model).named_parameters())
+        parameters = dict(unwrapped(model).named_parameters())
         for name, weight in self._weights.items():
             parameters[name].copy_(weight.slot.grid.nearest(parameters[name]))
 
@@ -292,17 +293,6 @@ class Constrained:
             weight.parameter.copy_(self.method.constrained_weight(weight.slot))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, from under torch.compile and (distributed) data parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def constrain(
     model: nn.Module,
     optimizer: Optimizer,
@@ -338,7 +328,7 @@ def constrain(
     Raises:
         UsageError: an unknown name or setting, no layer to constrain, or an optimizer without these parameters.
     """
-    network = unwrap(model)
+    network = unwrapped(model)
     levels = level_set(constraint)
     layers = choose_layers(
         network,
