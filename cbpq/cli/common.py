@@ -1,0 +1,212 @@
+"""What the commands share: options spelt once, consoles, JSON output, progress and gates."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cbpq.errors import GateError, UsageError
+from cbpq.report import plain
+
+MODEL = "Network"
+DATA = "Data"
+RUN = "Running"
+OUTPUT = "Output"
+GATES = "Gates (exit code 3 when missed)"
+
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Weights for a named or callable network.", rich_help_panel=MODEL),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="NAME",
+        help="Architecture of a weight file that does not tell; or the callable that builds a cbpq file's network.",
+        rich_help_panel=MODEL,
+    ),
+]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="Download the weights the library has for it.", rich_help_panel=MODEL)
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input-size",
+        metavar="SIZE",
+        help="Input size: 224, 224x288 (height x width) or 3x224x224.",
+        rich_help_panel=MODEL,
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option("--mean", metavar="R,G,B", help="Mean of the normalisation, 0 to 1.", rich_help_panel=MODEL),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="R,G,B", help="Deviation of the normalisation.", rich_help_panel=MODEL),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option("--interpolation", metavar="NAME", help="bilinear, bicubic, nearest …", rich_help_panel=MODEL),
+]
+CropPct = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct",
+        metavar="SHARE",
+        help="Share of the resized picture that the centre crop keeps, such as 0.875.",
+        rich_help_panel=MODEL,
+    ),
+]
+DataPath = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Folder with train/ and val/, folder of class folders, .npz file, or a timm reader such as hfds/….",
+        rich_help_panel=DATA,
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-map",
+        metavar="FILE",
+        help="Class names, one a line in index order, for a folder that holds only some of them.",
+        rich_help_panel=DATA,
+    ),
+]
+SkipBadImages = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-images", help="Count and report pictures that cannot be read, do not stop.", rich_help_panel=DATA
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.", rich_help_panel=RUN)]
+Workers = Annotated[
+    int, typer.Option("--workers", "-j", min=0, help="Processes that read pictures; 0 reads here.", rich_help_panel=RUN)
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)
+]
+Amp = Annotated[bool, typer.Option("--amp", help="Compute in mixed precision.", rich_help_panel=RUN)]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=RUN)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
+MinTop1 = Annotated[
+    float | None,
+    typer.Option("--min-top1", metavar="PERCENT", min=0, max=100, help="Least top-1 accuracy.", rich_help_panel=GATES),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop", metavar="POINTS", help="Most points of top-1 below the original.", rich_help_panel=GATES
+    ),
+]
+
+
+def stdout() -> Console:
+    """The console for results."""
+    return Console(highlight=False)
+
+
+def stderr(quiet: bool = False) -> Console:
+    """The console for progress, notes and errors; a quiet one prints nothing."""
+    return Console(stderr=True, highlight=False, quiet=quiet)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(plain(document), indent=2) + "\n")
+
+
+def note(console: Console, text: str) -> None:
+    """Print one line of text as it is, whatever brackets it holds."""
+    console.print(text, markup=False, soft_wrap=True, style="dim")
+
+
+def warn(console: Console, text: str) -> None:
+    """Print one warning."""
+    console.print(f"warning: {text}", markup=False, soft_wrap=True, style="yellow")
+
+
+@contextmanager
+def progress(console: Console, label: str) -> Iterator[Progress]:
+    """Show a bar on a terminal, and nothing at all elsewhere: a log has no use for one."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = console.quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        yield bar
+
+
+def input_overrides(
+    input_size: str | None, mean: str | None, std: str | None, interpolation: str | None, crop_pct: float | None
+) -> dict[str, Any]:
+    """The preprocessing flags as the overrides ``load_model`` takes, unset ones left out.
+
+    Raises:
+        UsageError: a size or a list of numbers that cannot be read.
+    """
+    given = {
+        "input_size": _size(input_size),
+        "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def check_gates(
+    top1: float,
+    original_top1: float | None = None,
+    *,
+    min_top1: float | None = None,
+    max_drop: float | None = None,
+    file_bytes: float | None = None,
+    max_megabytes: float | None = None,
+) -> None:
+    """Hold a top-1 accuracy in percent, and the size of a file, against the bounds the user set.
+
+    Raises:
+        GateError: a bound is missed; the message holds both numbers.
+    """
+    if min_top1 is not None and not top1 >= min_top1:
+        raise GateError(f"top-1 is {top1:.2f} %, below --min-top1 {min_top1:g} %")
+    if max_drop is not None and original_top1 is not None and not original_top1 - top1 <= max_drop:
+        raise GateError(
+            f"top-1 fell by {original_top1 - top1:.2f} points ({original_top1:.2f} % to {top1:.2f} %), "
+            f"more than --max-drop {max_drop:g}"
+        )
+    if max_megabytes is not None and file_bytes is not None and not file_bytes <= max_megabytes * 1e6:
+        raise GateError(f"the file is {file_bytes / 1e6:.3f} MB, more than --max-size {max_megabytes:g} MB")
+
+
+def _size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.lower().replace(",", "x").replace("×", "x").split("x")
+    if not all(part.strip().isdecimal() for part in parts) or len(parts) > 3:
+        raise UsageError(f"--input-size {text!r} is no size; write 224, 224x288 (height x width) or 3x224x224")
+    sides = tuple(int(part) for part in parts)
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise UsageError(
+            f"{flag} {text!r} is no list of numbers; write one per channel, as 0.485,0.456,0.406"
+        ) from error

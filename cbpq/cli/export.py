@@ -1,0 +1,85 @@
+"""``cbpq export``: a cbpq file in a format other tools read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from cbpq import sections
+from cbpq.cli import common
+from cbpq.errors import UsageError
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A cbpq file, such as out/model.safetensors.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write.", rich_help_panel=common.OUTPUT)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="state-dict (.pth or .safetensors) or onnx (.onnx); unless given, by the ending of OUT.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset", min=1, help="ONNX operator set; 25 stores 2-bit weights.", rich_help_panel=common.OUTPUT
+        ),
+    ] = None,
+    arch: common.Arch = None,
+    overwrite: common.Overwrite = False,
+    json: common.Json = False,
+) -> None:
+    """Write a cbpq file as a state dict or an ONNX network; the result is checked before it is written.
+
+    Examples:
+
+      cbpq export out/model.safetensors -o resnet18.pth
+      cbpq export out/model.safetensors --format onnx -o resnet18.onnx
+    """
+    from cbpq.exports import FORMATS, export
+
+    chosen = format or format_of(output)
+    model = spec = None
+    if arch is not None:
+        if chosen in FORMATS and not FORMATS[chosen].needs_network:
+            raise UsageError(f"--arch makes no sense with --format {chosen}, which needs no network; leave it out")
+        from cbpq.model_file import load
+
+        loaded = load(file, arch=arch)
+        model, spec = loaded.model, loaded.info.input_spec
+    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, opset=opset)
+    if json:
+        common.print_json(result.to_dict())
+        return
+    console = common.stdout()
+    whole = sections.size(result.float32_size)
+    line = f"{result.path}: {result.format}, {sections.size(result.size)} (the network in FP32: {whole})"
+    console.print(Text(sections.printable(line)), soft_wrap=True)
+    for name, value in result.facts.items():
+        if not sections.is_empty(value):
+            fact = f"  {name.replace('_', ' ')}: {sections.anything(value)}"
+            console.print(Text(sections.printable(fact)), soft_wrap=True)
+    for text in result.notes:
+        common.note(common.stderr(), text)
+
+
+def format_of(output: Path) -> str:
+    """The format that alone writes files with this ending.
+
+    Raises:
+        UsageError: none does, or several do.
+    """
+    from cbpq.exports import FORMATS
+
+    fits = [name for name, target in FORMATS.items() if output.suffix in target.extensions]
+    if len(fits) == 1:
+        return fits[0]
+    known = ", ".join(f"{name} ({' or '.join(target.extensions)})" for name, target in FORMATS.items())
+    why = f"several formats end in {output.suffix}" if fits else f"no format ends in {output.suffix or 'nothing'}"
+    raise UsageError(f"{output.name}: {why}; give --format: {known}")

@@ -1,0 +1,268 @@
+"""``cbpq quantize``: the main job."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cbpq.cli.common import (
+    DATA,
+    GATES,
+    OUTPUT,
+    RUN,
+    Arch,
+    ClassMap,
+    CropPct,
+    InputSize,
+    Interpolation,
+    Json,
+    MaxDrop,
+    Mean,
+    MinTop1,
+    Overwrite,
+    Pretrained,
+    Quiet,
+    SkipBadImages,
+    Std,
+    Weights,
+    Workers,
+    check_gates,
+    input_overrides,
+    note,
+    print_json,
+    stderr,
+    stdout,
+)
+
+CONSTRAINT = "Constraint and method"
+
+
+def command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A weight file, a torchvision name, timm:NAME, hf-hub:ORG/NAME, or package.module:callable.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Folder with train/ and val/, folder of class folders, .npz file, or a timm reader such as hfds/….",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    constraint: Annotated[
+        str | None,
+        typer.Option(
+            "--constraint",
+            "-c",
+            metavar="NAME",
+            help="binary, ternary, one-bit-shift, two-bit-shift (default), shift:K or levels:Q,Q,…",
+            rich_help_panel=CONSTRAINT,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="How weights are led there: cbp.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="default: short recipe for a budget of epochs. paper: as published.",
+            rich_help_panel=CONSTRAINT,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.", rich_help_panel=CONSTRAINT)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="X", help="Learning rate.", rich_help_panel=CONSTRAINT)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "-b", metavar="N", help="Images per step.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="Seed of everything random.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any other setting; see --dry-run.", rich_help_panel=CONSTRAINT
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="TOML file with settings.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Constrain only these layers.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="GLOB", help="Leave these layers in float.", rich_help_panel=CONSTRAINT),
+    ] = None,
+    quantize_first: Annotated[
+        bool, typer.Option("--quantize-first", help="The first convolution too.", rich_help_panel=CONSTRAINT)
+    ] = False,
+    quantize_last: Annotated[
+        bool, typer.Option("--quantize-last", help="The classifier too.", rich_help_panel=CONSTRAINT)
+    ] = False,
+    weights: Weights = None,
+    arch: Arch = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    crop_pct: CropPct = None,
+    class_map: ClassMap = None,
+    skip_bad_images: SkipBadImages = False,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            "--augment", metavar="KIND", help="auto, none, crop or crop-flip, for training.", rich_help_panel=DATA
+        ),
+    ] = None,
+    val_from_train: Annotated[
+        float | None,
+        typer.Option(
+            "--val-from-train",
+            metavar="SHARE",
+            help="Measure on this share of the training data, held out, instead of the validation data: for tuning.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    limit_train: Annotated[
+        int | None,
+        typer.Option("--limit-train", metavar="N", min=1, help="Use N training images only.", rich_help_panel=DATA),
+    ] = None,
+    workers: Workers = 2,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN),
+    ] = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Compute in mixed precision.", rich_help_panel=RUN)] = False,
+    max_time: Annotated[
+        float | None,
+        typer.Option("--max-time", metavar="MINUTES", help="Finish training after this time.", rich_help_panel=RUN),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder for the results; by default named after source and constraint.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run in the output.", rich_help_panel=OUTPUT)
+    ] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show every setting and layer, and do nothing.", rich_help_panel=OUTPUT),
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    min_top1: MinTop1 = None,
+    max_drop: MaxDrop = None,
+    max_size: Annotated[
+        float | None,
+        typer.Option("--max-size", metavar="MB", help="Largest file, in megabytes.", rich_help_panel=GATES),
+    ] = None,
+) -> None:
+    """Lead a network's weights to a few allowed values; write one small file and a report.
+
+    Examples:
+
+      cbpq quantize resnet18.pth --data imagenet/ --constraint two-bit-shift
+      cbpq quantize timm:resnet18.a1_in1k --pretrained --data imagenet/ -c ternary --epochs 3 -o out
+      cbpq quantize nets.my:make --weights my.pth --data pictures.npz -c binary --min-top1 90
+    """
+    from cbpq.configuration import combine
+
+    flags: dict[str, Any] = {
+        "constraint": constraint,
+        "method": method,
+        "preset": preset,
+        "include": include,
+        "exclude": exclude,
+        "quantize_first": quantize_first or None,
+        "quantize_last": quantize_last or None,
+        "augment": augment,
+        "device": device,
+        "amp": amp or None,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    choices, origins, layers = combine(flags, assignments or [], os.environ, config)
+    overrides = input_overrides(input_size, mean, std, interpolation, crop_pct)
+
+    from cbpq.cli.display import Display, show_plan
+    from cbpq.outputs import claim_output
+    from cbpq.pipeline import execute
+    from cbpq.planning import plan
+
+    folder = output or default_output(source, choices["constraint"])
+    if not dry_run:
+        claim_output(folder, resume=resume, overwrite=overwrite)
+    job = plan(
+        source,
+        data=data,
+        settings=layers,
+        weights=weights,
+        arch=arch,
+        pretrained=pretrained,
+        input_overrides=overrides,
+        class_map=class_map,
+        skip_bad_images=skip_bad_images,
+        val_from_train=val_from_train,
+        limit_train=limit_train,
+        workers=workers,
+        max_minutes=max_time,
+        command=shlex.join(["cbpq", *sys.argv[1:]]),
+        **choices,
+    )
+    console = stderr(quiet)
+    if dry_run:
+        show_plan(job, origins, stdout(), as_json=json)
+        return
+    with Display(console) as display:
+        report = execute(
+            job, folder, resume=resume, overwrite=overwrite, listener=display.show, should_stop=display.should_stop
+        )
+    if json:
+        print_json(report.to_dict())
+    else:
+        report.render(stdout())
+    note(console, f"wrote {folder / 'model.safetensors'}, report.md and report.json beside it")
+    quantized, original = report.quantized or {}, report.original or {}
+    check_gates(
+        quantized["top1"],
+        original["top1"],
+        min_top1=min_top1,
+        max_drop=max_drop,
+        file_bytes=report.sizes["file_bytes"],
+        max_megabytes=max_size,
+    )
+
+
+def default_output(source: str, constraint: str) -> Path:
+    """A folder in the current one, named after source and constraint: ``resnet18-two-bit-shift``."""
+    name = Path(source.rpartition(":")[2]).stem  # of a file, of timm:resnet18.a1_in1k, of package.nets:make
+    return Path(f"{name or 'network'}-{constraint}".replace(":", "-").replace("/", "-"))
