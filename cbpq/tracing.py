@@ -75,10 +75,11 @@ class _UseRecorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # reading an attribute such as weight.dtype is no use of the weight
-        if getattr(func, "__name__", "") != "__get__":
+        result = func(*args, **kwargs)
+        # reading an attribute such as weight.dtype is no use of the weight, but weight.T is
+        if getattr(func, "__name__", "") != "__get__" or isinstance(result, Tensor):
             self.used += [self.weights[id(value)] for value in (*args, *kwargs.values()) if id(value) in self.weights]
-        return func(*args, **kwargs)
+        return result
 
 
 def _inputs(
