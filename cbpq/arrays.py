@@ -1,0 +1,114 @@
+"""Images in a ``.npz`` file of the MedMNIST layout.
+
+``train_images`` is uint8 of shape (N, H, W) for grey or (N, H, W, 3) for colour pictures, ``train_labels`` are whole
+numbers of shape (N,) or (N, 1); ``val_`` and ``test_`` likewise. Nothing in the file is ever unpickled.
+"""
+
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cbpq.errors import DataError
+from cbpq.pictures import ArrayPictures, brief, one_line
+
+_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class _Header:
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def split_names(path: Path) -> tuple[str, ...]:
+    """Those of ``train``, ``val`` and ``test`` whose images the file holds.
+
+    Raises:
+        DataError: no ``.npz`` file, or none of the splits in it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.removesuffix(".npy") for name in archive.namelist()}
+    except _DAMAGE as error:
+        raise DataError(f"{one_line(path)} cannot be read as a .npz file ({brief(error)})") from error
+    found = tuple(split for split in ("train", "val", "test") if f"{split}_images" in members)
+    if not found:
+        there = ", ".join(map(one_line, sorted(members)[:8])) or "nothing"
+        raise DataError(
+            f"{one_line(path)} holds {there}; expected train_images, train_labels, and the same for val or test"
+        )
+    return found
+
+
+def read_split(path: Path, split: str) -> ArrayPictures:
+    """Read the images and labels of one split; headers are checked before anything of their size is allocated.
+
+    Raises:
+        DataError: missing or damaged members, or shapes and types other than the module describes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            images_header = _header(archive, f"{split}_images")
+            if f"{split}_labels.npy" not in archive.namelist():
+                raise DataError(f"{one_line(path)} has {split}_images but no {split}_labels; labels are needed")
+            labels_header = _header(archive, f"{split}_labels")
+            _check(path, split, images_header, labels_header)
+            images, labels = _read(archive, f"{split}_images"), _read(archive, f"{split}_labels")
+    except MemoryError as error:
+        raise DataError(f"{split}_images of {one_line(path)} does not fit into memory") from error
+    except _DAMAGE as error:
+        raise DataError(f"{one_line(path)} is damaged at its {split} split ({brief(error)})") from error
+    labels = labels.reshape(-1)
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{one_line(path)}: label {labels.max()} in {split}_labels is not a class number")
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    return ArrayPictures(images, labels.astype(np.int64), split)
+
+
+def _check(path: Path, split: str, images: _Header, labels: _Header) -> None:
+    where = one_line(path)
+    if images.dtype != np.uint8:
+        raise DataError(f"{where}: {split}_images is {images.dtype}, expected uint8 (0 to 255)")
+    if not (len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))):
+        raise DataError(f"{where}: {split}_images has shape {images.shape}, expected (N, H, W) or (N, H, W, 3)")
+    if min(images.shape) == 0:
+        raise DataError(f"{where}: {split}_images is empty (shape {images.shape})")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{where}: {split}_labels is {labels.dtype}, expected whole numbers")
+    if len(labels.shape) not in (1, 2) or labels.shape[1:] not in ((), (1,)):
+        raise DataError(
+            f"{where}: {split}_labels has shape {labels.shape}, expected one label per image: (N,) or (N, 1)"
+        )
+    if labels.shape[0] != images.shape[0]:
+        raise DataError(f"{where}: {images.shape[0]} {split}_images but {labels.shape[0]} {split}_labels")
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Header:
+    """Shape and type of a member; ValueError if it holds objects or is not as long as it says."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"{name} has an unknown .npy version {version}")
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, which are never loaded")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
+            raise ValueError(f"{name} is {member.file_size} bytes long, which does not fit its shape {shape}")
+    return _Header(shape, dtype)
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with archive.open(f"{name}.npy") as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array

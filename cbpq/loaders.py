@@ -1,0 +1,233 @@
+"""Batches for training and evaluation.
+
+What a training batch holds is a function of (seed, epoch, position in the epoch) alone: not of the number of worker
+processes, of the batch an epoch is taken up at, or of any global random state, which is left untouched.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cbpq.errors import DataError, UsageError
+from cbpq.inputs import InputSpec
+from cbpq.pictures import Pictures, with_channels
+from cbpq.transforms import (
+    CROP,
+    ORDER,
+    Augmentation,
+    EvalTransform,
+    Normalize,
+    RandomResizedCrop,
+    Shifts,
+    epoch_generator,
+)
+
+Indices = NDArray[np.int64]
+
+
+@dataclass
+class Batch:
+    """Normalised ``images`` (B, C, H, W) float32 and their ``labels`` (B,) int64, on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class TrainLoader(Protocol):
+    """Batches for training.
+
+    A last batch shorter than the others is left out, because BatchNorm would give its few images more weight, unless it
+    is the only one.
+    """
+
+    @property
+    def images(self) -> int:
+        """Number of images the loader draws from."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Batches ``start``, ``start + 1``, … of epoch ``number``, the same as an unbroken epoch gives them.
+
+        Raises:
+            DataError: an unreadable picture, named.
+        """
+
+
+class EvalLoader(Protocol):
+    """Every image exactly once, in a fixed order; the last batch may be short."""
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+
+    def __len__(self) -> int:
+        """Number of batches."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class Source(Protocol):
+    """uint8 images (B, C, height, width) for any list of batches; a batch is an array of samples' numbers."""
+
+    labels: Indices
+
+    def batches(self, plan: Sequence[Indices], epoch: int | None) -> Iterator[Tensor]:
+        """One tensor per batch; ``epoch`` is None for evaluation."""
+
+
+class TensorSource:
+    """Images (N, C, H, W) uint8 of the network's own size, in memory."""
+
+    def __init__(self, images: Tensor, labels: Indices) -> None:
+        self._images, self.labels = images, labels
+
+    def batches(self, plan: Sequence[Indices], epoch: int | None) -> Iterator[Tensor]:
+        """Select the rows."""
+        for samples in plan:
+            yield self._images[torch.from_numpy(samples)]
+
+
+class PictureSource:
+    """Pictures that are decoded and transformed when they are needed, by worker processes if there are any."""
+
+    def __init__(
+        self, pictures: Pictures, indices: Indices, spec: InputSpec, workers: int, seed: int, resized_crop: bool
+    ) -> None:
+        self.labels = pictures.labels[indices]
+        self._dataset = _BatchDataset(pictures, indices, spec, seed, resized_crop)
+        self._workers = workers
+
+    def batches(self, plan: Sequence[Indices], epoch: int | None) -> Iterator[Tensor]:
+        """Read ahead in the worker processes; batches come in order."""
+        # The sampler holds whole batches, so batch_size is None. A generator of its own keeps DataLoader from drawing a
+        # seed for its workers from the global one. New workers for every epoch hold no state that could go stale.
+        loader: DataLoader[Any] = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=[(samples, epoch) for samples in plan],
+            num_workers=min(self._workers, len(plan)),
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts_to_parent,
+            generator=torch.Generator(),
+        )
+        try:
+            for result in loader:
+                if isinstance(result, DataError):
+                    raise result
+                yield result
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise DataError(
+                "a data-loading worker process died, most likely for lack of (shared) memory; use fewer --workers"
+            ) from error
+
+
+class _BatchDataset(Dataset[Tensor | DataError]):
+    """Maps (samples, epoch) to a stack of transformed pictures."""
+
+    def __init__(self, pictures: Pictures, indices: Indices, spec: InputSpec, seed: int, resized_crop: bool) -> None:
+        self._pictures, self._indices = pictures, indices
+        self._channels, self._seed = spec.channels, seed
+        self._evaluation = EvalTransform(spec)
+        self._crop = RandomResizedCrop(spec) if resized_crop else None
+
+    def __getitem__(self, key: tuple[Indices, int | None]) -> Tensor | DataError:
+        samples, epoch = key
+        try:
+            return torch.stack([self._image(int(sample), epoch) for sample in samples])
+        except DataError as error:
+            # returned, since an exception raised in a worker arrives with its whole traceback as the message
+            return error
+
+    def _image(self, sample: int, epoch: int | None) -> Tensor:
+        index = int(self._indices[sample])
+        picture = with_channels(self._pictures.open(index), self._channels, self._pictures.name(index))
+        if self._crop is None or epoch is None:
+            return self._evaluation(picture)
+        return self._crop(picture, epoch_generator(self._seed, epoch, CROP, sample))
+
+
+class TrainBatches:
+    """The training loader over a source."""
+
+    def __init__(
+        self, source: Source, normalize: Normalize, augmentation: Augmentation, *, batch_size: int, seed: int
+    ) -> None:
+        self._source, self._normalize, self._augmentation = source, normalize, augmentation
+        self._labels = torch.from_numpy(source.labels)
+        self._batch_size, self._seed = batch_size, seed
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return len(self._labels)
+
+    def __len__(self) -> int:
+        return batches_per_epoch(self.images, self._batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """See `TrainLoader.epoch`."""
+        check_position(number, start)
+        order = epoch_generator(self._seed, number, ORDER).permutation(np.arange(self.images, dtype=np.int64))
+        draws = Shifts.draw(self._augmentation, self._seed, number, self.images)
+        plan = [order[index * self._batch_size :][: self._batch_size] for index in range(start, len(self))]
+        for samples, images in zip(plan, self._source.batches(plan, number), strict=True):
+            shifted = self._augmentation.on_batch(images, draws, samples)
+            yield Batch(self._normalize(shifted), self._labels[torch.from_numpy(samples)])
+
+
+class EvalBatches:
+    """The evaluation loader over a source."""
+
+    def __init__(self, source: Source, normalize: Normalize, *, batch_size: int) -> None:
+        self._source, self._normalize = source, normalize
+        self._labels = torch.from_numpy(source.labels)
+        self._batch_size = batch_size
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self._labels)
+
+    def __len__(self) -> int:
+        return -(-self.images // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        everything = np.arange(self.images, dtype=np.int64)
+        plan = [everything[index * self._batch_size :][: self._batch_size] for index in range(len(self))]
+        for samples, images in zip(plan, self._source.batches(plan, None), strict=True):
+            yield Batch(self._normalize(images), self._labels[torch.from_numpy(samples)])
+
+
+def batches_per_epoch(images: int, batch_size: int) -> int:
+    """Full batches, or one short one if there are fewer images than that."""
+    return max(1, images // batch_size)
+
+
+def check_position(number: int, start: int) -> None:
+    """Refuse epochs and batches that do not exist.
+
+    Raises:
+        UsageError: a negative number.
+    """
+    if number < 0 or start < 0:
+        raise UsageError(f"epoch {number}, batch {start}: both count from 0")
+
+
+def _as_it_is(result: Any) -> Any:
+    return result
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    # A terminal sends Ctrl-C to all processes; a reader that died of it would keep the run from being saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
