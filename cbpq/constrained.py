@@ -11,7 +11,7 @@ it at any time shows the constrained network. Gradients may accumulate over as m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from cbpq.errors import UsageError
 from cbpq.fileformat import ConstrainedTensor
 from cbpq.layers import LayerChoice, choose_layers
-from cbpq.levels import Grid, LevelSet, level_set
+from cbpq.levels import Grid, LevelSet, level_set, total
 from cbpq.methods import method_class
 from cbpq.methods.base import Method, Slot, State, Update
 from cbpq.presets import Settings, resolve
@@ -36,13 +36,19 @@ class _Weight:
     parameter: nn.Parameter
     slot: Slot
 
+    def kept(self) -> dict[str, Tensor]:
+        """All tensors beside the parameter, by name (not copies)."""
+        return {"latent": self.slot.latent, "scale": self.slot.grid.scale.detach(), **self.slot.state}
+
     @torch.no_grad()
     def install_latent(self, method: Method) -> None:
         """Before the step: latent weight in, the method's gradient in, and the learned scale's gradient."""
         latent, grid, _ = self.slot
         gradient = self.parameter.grad
         if gradient is None:
+            grid.scale.grad = None  # of an earlier step, where only the model's own gradients were set to zero
             return
+        gradient = gradient.contiguous()  # a network may be in channels_last; mixing the two layouts is slow
         if grid.scale.requires_grad:
             grid.scale.grad = scale_gradient(gradient, grid.level(latent), grid.scale)
         self.parameter.grad = method.gradient(self.slot, gradient)
@@ -113,7 +119,8 @@ class Constrained:
             self._weights[name] = _Weight(parameter, self._slot(name, parameter))
         if settings.learn_scales:
             self._add_scales(owned[id(parameters[layers.constrained[0]])])
-        method.begin(self._slots())
+        with torch.no_grad():
+            method.begin(self._slots())
         self.project()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -121,7 +128,7 @@ class Constrained:
         ]
 
     def _slot(self, name: str, parameter: nn.Parameter) -> Slot:
-        latent = parameter.detach().clone()
+        latent = parameter.detach().clone(memory_format=torch.contiguous_format)
         if latent.dtype not in (torch.float32, torch.float64):
             raise UsageError(f"{name} is {latent.dtype}: constrain a float32 model and train it under autocast instead")
         if not bool(latent.isfinite().all()):
@@ -153,10 +160,10 @@ class Constrained:
                 "optimizer.step(closure) would run the network on latent weights; call step() without a closure"
             )
         for name, weight in self._weights.items():
-            if weight.parameter.device != weight.slot.latent.device:
-                raise UsageError(
-                    f"{name} was moved to {weight.parameter.device}: move the model first, then constrain it"
-                )
+            now, then = weight.parameter, weight.slot.latent
+            if (now.device, now.dtype) != (then.device, then.dtype):
+                raise UsageError(f"{name} became {now.dtype} on {now.device}: move the model first, then constrain it")
+        for weight in self._weights.values():
             weight.install_latent(self.method)
 
     def _after_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -182,15 +189,17 @@ class Constrained:
                 Lagrangian of epochs.
 
         Returns:
-            What changed. A drop of the learning rate has already been applied to the optimizer (and to the base that a
-            scheduler works from).
+            What changed. A drop of the learning rate has already been applied to ``lr``, and where there is one to
+            ``initial_lr``, of the optimizer's groups; a scheduler that computes from a copy of its own will undo it.
 
         Raises:
             UsageError: the schedule needs the loss and it was not given.
         """
         self._epoch += 1
-        self.advance(self._epoch / max(self.settings.epochs, 1))
+        moved = self.advance(self._epoch / max(self.settings.epochs, 1))
         update = self.method.end_epoch(self._slots(), loss_sum)
+        if moved.multipliers_updated:
+            update = replace(update, multipliers_updated=True)
         if update.lr_factor != 1:
             for group in self.optimizer.param_groups:
                 for key in ("lr", "initial_lr"):
@@ -221,8 +230,8 @@ class Constrained:
     @torch.no_grad()
     def cfs(self) -> float:
         """Constraint failure score: mean of Y = 2 |w − nearest| over all constrained latent weights."""
-        total = sum(float(slot.grid.distance(slot.latent).sum(dtype=torch.float64)) for slot in self._slots())
-        return total / sum(slot.latent.numel() for slot in self._slots())
+        distance = sum(total(slot.grid.distance(slot.latent)) for slot in self._slots())
+        return distance / sum(slot.latent.numel() for slot in self._slots())
 
     @torch.no_grad()
     def penalty(self) -> float:
@@ -263,12 +272,11 @@ class Constrained:
     def state_dict(self) -> dict[str, Any]:
         """All that is kept beside model and optimizer: save the three state dicts together to resume exactly."""
         return {
+            "constraint": self.level_set.name,
+            "method": self.method.name,
             "epoch": self._epoch,
             "scalars": dict(self.method.scalars),
-            "weights": {
-                name: {"latent": latent, "scale": grid.scale.detach(), **state}
-                for name, (latent, grid, state) in ((name, weight.slot) for name, weight in self._weights.items())
-            },
+            "weights": {name: weight.kept() for name, weight in self._weights.items()},
         }
 
     @torch.no_grad()
@@ -276,16 +284,21 @@ class Constrained:
         """Take back what ``state_dict`` gave, into a model constrained in the same way.
 
         Raises:
-            UsageError: the state is of other weights, constraint granularity or method.
+            UsageError: the state is of another constraint, method or granularity of scales, or of other weights;
+                nothing has been changed.
         """
+        for key, own_name in (("constraint", self.level_set.name), ("method", self.method.name)):
+            if state_dict.get(key) != own_name:
+                raise UsageError(f"this state is of {key} {state_dict.get(key)!r}, not {own_name!r}")
         saved = state_dict["weights"]
         if set(saved) != set(self._weights):
             raise UsageError("this state is of a model in which other weights are constrained")
-        for name, (latent, grid, state) in ((name, weight.slot) for name, weight in self._weights.items()):
-            own = {"latent": latent, "scale": grid.scale, **state}
-            if {key: tensor.shape for key, tensor in own.items()} != {key: t.shape for key, t in saved[name].items()}:
-                raise UsageError(f"{name}: this state is of another shape, granularity of scales or method")
-            for key, tensor in own.items():
+        own = {name: weight.kept() for name, weight in self._weights.items()}
+        for name, tensors in own.items():
+            if {key: t.shape for key, t in tensors.items()} != {key: t.shape for key, t in saved[name].items()}:
+                raise UsageError(f"{name}: this state is of another shape or granularity of scales")
+        for name, tensors in own.items():
+            for key, tensor in tensors.items():
                 tensor.copy_(saved[name][key])
         self._epoch = state_dict["epoch"]
         self.method.scalars.update(state_dict["scalars"])
@@ -312,7 +325,8 @@ def constrain(
     Args:
         model: every convolution and linear weight is constrained, except the first convolution and the classifier. Also
             under torch.compile or DistributedDataParallel.
-        optimizer: any PyTorch optimizer that holds these parameters; stepped without a closure.
+        optimizer: any PyTorch optimizer that holds these parameters; stepped without a closure. Learned scales become a
+            parameter group of their own, so make learning rate schedulers after this call.
         constraint: ``binary``, ``ternary``, ``one-bit-shift``, ``two-bit-shift``, ``shift:K``, ``levels:…`` or a
             LevelSet.
         method: see ``cbpq.methods``.

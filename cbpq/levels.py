@@ -30,6 +30,7 @@ from cbpq.errors import UsageError, did_you_mean
 
 MAX_LEVELS = 256  # a code's index is one byte in the file
 MAX_SHIFT = 10
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def level_set(constraint: str | LevelSet) -> LevelSet:
         return CONSTRAINTS[name]
     family, _, argument = name.partition(":")
     if family == "shift" and argument:
-        if not argument.isdecimal() or not 1 <= int(argument) <= MAX_SHIFT:
+        if not argument.isdecimal() or len(argument) > 2 or not 1 <= int(argument) <= MAX_SHIFT:
             raise UsageError(f"constraint {name!r}: K in shift:K is a whole number from 1 to {MAX_SHIFT}")
         return shift_levels(int(argument))
     if family == "levels" and argument:
@@ -110,6 +111,16 @@ def _parse_levels(name: str, argument: str) -> LevelSet:
     return LevelSet(name, codes, denominator)
 
 
+def total(values: Tensor) -> float:
+    """Σ values, in float64 where the device has it: a sum over millions of weights should not depend on their order."""
+    return float(values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64))
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``, ten times as fast."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
 class Grid:
     """The levels of one weight tensor: a level set times a scale. All that methods know of a constraint.
 
@@ -132,24 +143,30 @@ class Grid:
         self._gap_above = torch.cat([gaps, endless])
 
     def index(self, weight: Tensor) -> Tensor:
-        """Number of the nearest level, int64 in the weight's shape. On a midpoint the upper level is taken (sign(0) =
-        +1).
-        """
-        return torch.bucketize(weight / self.scale, self._midpoints, right=True)
+        """Number of the nearest level, int32 in the weight's shape. On a midpoint the upper level is taken."""
+        ratio = weight / self.scale
+        if len(self._midpoints) > FEW:
+            # contiguous: else torch warns where the network is in channels_last
+            return torch.bucketize(ratio.contiguous(), self._midpoints, right=True, out_int32=True)
+        # The same by counting the midpoints passed, which is quicker than a search for so few.
+        passed = torch.zeros_like(ratio, dtype=torch.int8)
+        for midpoint in self._midpoints.tolist():
+            passed += (ratio >= midpoint).view(torch.int8)
+        return passed.int()
 
     def codes(self, weight: Tensor) -> Tensor:
         """Integer code of the nearest level, int32 in the weight's shape."""
         table = torch.tensor(self.level_set.codes, dtype=torch.int32, device=weight.device)
-        return table[self.index(weight)]
+        return _look_up(table, self.index(weight))
 
     def level(self, weight: Tensor) -> Tensor:
         """Nearest level before scaling, q in the weight's shape: the derivative of the constrained weight by its scale.
         """
-        return self._levels[self.index(weight)]
+        return _look_up(self._levels, self.index(weight))
 
     def nearest(self, weight: Tensor) -> Tensor:
         """Nearest allowed weight, code × (a / denominator)."""
-        return self._codes[self.index(weight)] * (self.scale / self.level_set.denominator)
+        return _look_up(self._codes, self.index(weight)) * (self.scale / self.level_set.denominator)
 
     def distance(self, weight: Tensor) -> Tensor:
         """Y(w) = 2 |w − nearest(w)|, the penalty without a window. Its mean over all constrained weights is the CFS."""
@@ -166,9 +183,10 @@ class Grid:
     def penalty_and_slope(self, weight: Tensor, window: float) -> tuple[Tensor, Tensor]:
         """Both at once: cs(w) and its slope for the window ``g`` (at least 1; infinity closes it)."""
         index = self.index(weight)
-        residual = weight - self._codes[index] * (self.scale / self.level_set.denominator)
-        half_gap = torch.where(residual > 0, self._gap_above[index], self._gap_below[index]) * (self.scale / 2)
-        # free where |w − m_i| < gap/(2g); and |w − m_i| = gap/2 − |w − nearest|
-        free = half_gap - residual.abs() < half_gap / window
+        residual = weight - _look_up(self._codes, index) * (self.scale / self.level_set.denominator)
+        gap = torch.where(residual > 0, _look_up(self._gap_above, index), _look_up(self._gap_below, index))
+        half_gap = gap * (self.scale / 2)
+        # free where |w − m_i| < gap/(2g); and |w − m_i| = |gap/2 − |w − nearest||
+        free = (half_gap - residual.abs()).abs_() < half_gap / window
         pull = residual.sign().mul_(2).masked_fill_(free, 0)
         return residual.mul_(pull), pull

@@ -37,7 +37,7 @@ class Settings:
     warmup: float = _setting(0.0, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
     momentum: float = _setting(0.9, 0.9, "of SGD", most=1)
     weight_decay: float = _setting(1e-4, 1e-4, "on convolution and linear weights, none on biases and normalisations")
-    seed: int = _setting(0, 0, "of data order, augmentation and anything else random")
+    seed: int = _setting(0, 0, "of data order, augmentation and anything else random", most=2**63 - 1)
     # the loss
     distillation: float = _setting(
         0.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
@@ -164,21 +164,21 @@ def parse_setting(name: str, value: Any, origin: str) -> Any:
     kind = _kind(entry)
     try:
         parsed = _convert(kind, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"setting {name}: {value!r} from {origin} is no {_KIND_NAMES[kind]}") from error
     choices = entry.metadata["choices"]
     if choices and parsed not in choices:
         raise UsageError(f"setting {name}: {value!r} from {origin} is none of {', '.join(choices)}")
     if kind in (int, float):
         least, most = entry.metadata["least"], entry.metadata["most"]
-        if not math.isfinite(parsed) or not least <= parsed <= most:
+        if not least <= parsed <= most or parsed == math.inf:
             bound = f"between {least:g} and {most:g}" if most < math.inf else f"at least {least:g}"
             raise UsageError(f"setting {name}: {value!r} from {origin} must be {bound}")
     return parsed
 
 
 _KIND_NAMES = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
-_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _kind(entry: "dataclasses.Field[Any]") -> type:
@@ -192,9 +192,9 @@ def _convert(kind: type, value: Any) -> Any:
     if isinstance(value, bool) != (kind is bool) and not isinstance(value, str):
         raise TypeError
     if kind is bool and isinstance(value, str):
-        if value.lower() not in _TRUTH:
+        if value.lower() not in TRUTH:
             raise ValueError
-        return _TRUTH[value.lower()]
+        return TRUTH[value.lower()]
     if kind is int and isinstance(value, float):
         if value != int(value):
             raise ValueError

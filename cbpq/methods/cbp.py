@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from cbpq.errors import UsageError
+from cbpq.levels import total
 from cbpq.methods.base import Method, Slot, State, Update
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants, as published
@@ -120,7 +121,7 @@ class CBP(Method):
             penalty, slope = slot.grid.penalty_and_slope(slot.latent, self.scalars["window"])
             gradient.addcmul_(multiplier, slope)
             if self.follows_lagrangian:
-                self.scalars["penalty_sum"] += float((multiplier * penalty).sum(dtype=torch.float64))
+                self.scalars["penalty_sum"] += total(multiplier * penalty)
         return gradient.clamp_(-self.gradient_clip, self.gradient_clip) if self.gradient_clip else gradient
 
     def after_step(self, slot: Slot) -> None:
@@ -135,7 +136,7 @@ class CBP(Method):
         free_share = max(0.0, 1 - progress / self.window_close)
         window = 1 / free_share if free_share else float("inf")
         self.scalars["window"] = max(self.scalars["window"], window)  # it never opens again
-        due = int(progress * self.multiplier_updates)
+        due = int(progress * self.multiplier_updates + 1e-9)  # 29/50 · 50 is a little less than 29
         if due <= self.scalars["due"]:
             return Update()
         self.scalars["due"] = due  # a caller that advances in large strides skips ascents, it does not owe them
@@ -176,7 +177,7 @@ class CBP(Method):
     def penalty(self, slot: Slot) -> float:
         """Σ λ cs(w)."""
         penalty = slot.grid.penalty(slot.latent, self.scalars["window"])
-        return float((slot.state["multiplier"] * penalty).sum(dtype=torch.float64))
+        return total(slot.state["multiplier"] * penalty)
 
     def describe(self) -> Mapping[str, float]:
         """The window g."""

@@ -1,0 +1,298 @@
+"""Training a constrained network: ``train`` is a generator of typed events. It prints nothing and writes no file.
+
+    run = prepare(model, loader, …)      # everything a run is made of
+    for event in train(run): …           # show it; save run.state_dict() whenever you like
+    finish(run)                          # every weight on its level, BatchNorm statistics re-estimated
+
+Whoever iterates may stop at any event: the state is complete there, and a run that loads it goes on exactly as if
+nothing had happened (bit for bit on a CPU).
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbpq.constrained import Constrained, bind
+from cbpq.data import Batch, TrainLoader
+from cbpq.errors import TrainingError
+from cbpq.layers import LayerChoice
+from cbpq.levels import LevelSet
+from cbpq.models import auxiliary_logits, logits
+from cbpq.presets import Settings
+
+AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
+MEASURE_EVERY = 10  # steps between measurements of CFS and Lagrangian, which pass over all weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step was made. ``lagrangian`` and ``cfs`` are measured on some steps only."""
+
+    epoch: int
+    step: int
+    steps_per_epoch: int
+    progress: float
+    loss: float
+    lr: float
+    window: float | None
+    images_per_second: float
+    lagrangian: float | None = None
+    cfs: float | None = None
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch is over. ``epoch`` counts from 1; ``loss`` is its mean over batches."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    cfs: float
+    window: float | None
+    lr: float
+    multipliers_updated: bool
+    seconds: float
+
+
+Event = Step | EpochEnd
+
+
+@dataclass
+class Run:
+    """Everything a training run is made of. ``epoch`` and ``step`` say what is done, ``steps`` counts them all."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    constrained: Constrained
+    optimizer: torch.optim.Optimizer
+    loader: TrainLoader
+    settings: Settings
+    device: torch.device
+    amp: bool = False
+    max_seconds: float = math.inf
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    images_seen: int = 0
+    done: bool = False
+    _clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used, in epochs or in time, whichever is nearer its end."""
+        steps = (self.epoch * len(self.loader) + self.step) / max(self.settings.epochs * len(self.loader), 1)
+        return min(1.0, max(steps, self.seconds / self.max_seconds))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly from here: tensors and plain values only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "constrained": self.constrained.state_dict(),
+            "position": {name: getattr(self, name) for name in _POSITION},
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.constrained.load_state_dict(state["constrained"])
+        for name, value in state["position"].items():
+            setattr(self, name, value)
+        torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self.device)
+
+
+_POSITION = ("epoch", "step", "steps", "seconds", "loss_sum", "images_seen", "done")
+
+
+def prepare(
+    model: nn.Module,
+    loader: TrainLoader,
+    *,
+    levels: LevelSet,
+    method: str,
+    settings: Settings,
+    layers: LayerChoice,
+    device: torch.device,
+    amp: bool = False,
+    max_seconds: float = math.inf,
+) -> Run:
+    """Put a run together. ``model`` is constrained in place and is its own teacher, as it was, where the settings
+    distil.
+    """
+    torch.manual_seed(settings.seed)
+    model.to(device)
+    teacher = None
+    if settings.distillation:
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = make_optimizer(model, settings)
+    constrained = bind(model, optimizer, levels, method, settings, layers)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    run = Run(model, teacher, constrained, optimizer, loader, settings, device, amp, max_seconds)
+    run.done = settings.epochs == 0
+    return run
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """SGD or AdamW, with weight decay on matrices and kernels only: none on biases, normalisations and other vectors.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+def train(run: Run) -> Iterator[Event]:
+    """Train until the budget is used. Yields after every step and every epoch.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    run.model.train()
+    while not run.done:
+        started, first = run._clock() - run.seconds, run.step
+        epoch_started = run._clock()
+        for batch in run.loader.epoch(run.epoch, run.step):
+            if run.progress >= 1:  # the time is up
+                break
+            set_lr(run)
+            loss = take_step(run, batch)
+            run.loss_sum += loss
+            run.step += 1
+            run.steps += 1
+            run.images_seen += len(batch.labels)
+            run.seconds = run._clock() - started
+            run.constrained.advance(run.progress)
+            rate = (run.step - first) * len(batch.labels) / max(run._clock() - epoch_started, 1e-9)
+            yield _step_event(run, loss, rate)
+        yield _end_epoch(run, run._clock() - epoch_started)
+
+
+def take_step(run: Run, batch: Batch) -> float:
+    """One optimizer step on one batch; the loss."""
+    images, labels = batch.images.to(run.device), batch.labels.to(run.device)
+    run.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.amp):
+        output = run.model(images)
+        with torch.no_grad():
+            target = logits(run.teacher(images)) if run.teacher is not None else None
+        loss = loss_of(logits(output), labels, target, run.settings)
+        for auxiliary in auxiliary_logits(output):
+            loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the loss became {value} in epoch {run.epoch + 1}, step {run.step + 1}; "
+            f"lower --lr (now {run.settings.lr:g}) or run without --amp"
+        )
+    loss.backward()
+    run.optimizer.step()
+    return value
+
+
+def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:
+    """(1 − d) · cross-entropy + d · T² · KL(original ‖ output) (Hinton et al. 2015), with d the share of distillation.
+    """
+    share, temperature = settings.distillation, settings.temperature
+    loss = output.new_zeros((), dtype=torch.float32)
+    if target is None or share < 1:
+        loss = loss + (1 - share) * nn.functional.cross_entropy(output.float(), labels)
+    if target is not None:
+        divergence = nn.functional.kl_div(
+            (output.float() / temperature).log_softmax(1),
+            (target.float() / temperature).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        loss = loss + share * temperature**2 * divergence
+    return loss
+
+
+def set_lr(run: Run) -> None:
+    """Learning rate at this point of the budget: each group's ``initial_lr`` times warm-up and schedule."""
+    settings, progress = run.settings, run.progress
+    if progress < settings.warmup:
+        factor = (progress + 1 / max(settings.epochs * len(run.loader), 1)) / settings.warmup
+    elif settings.lr_schedule == "cosine":
+        factor = 0.5 + 0.5 * math.cos(math.pi * (progress - settings.warmup) / max(1 - settings.warmup, 1e-9))
+    else:
+        factor = 1.0
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * min(factor, 1.0)
+
+
+def _step_event(run: Run, loss: float, rate: float) -> Step:
+    measured = run.step % MEASURE_EVERY == 0 or run.step == len(run.loader)
+    return Step(
+        epoch=run.epoch + 1,
+        step=run.step,
+        steps_per_epoch=len(run.loader),
+        progress=run.progress,
+        loss=loss,
+        lr=run.optimizer.param_groups[0]["lr"],
+        window=run.constrained.method.describe().get("window"),
+        images_per_second=rate,
+        lagrangian=loss + run.constrained.penalty() if measured else None,
+        cfs=run.constrained.cfs() if measured else None,
+    )
+
+
+def _end_epoch(run: Run, seconds: float) -> EpochEnd:
+    update = run.constrained.end_epoch(run.loss_sum)
+    loss = run.loss_sum / max(run.step, 1)
+    run.done = run.progress >= 1
+    run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
+    return EpochEnd(
+        epoch=run.epoch,
+        epochs=run.settings.epochs,
+        loss=loss,
+        cfs=run.constrained.cfs(),
+        window=run.constrained.method.describe().get("window"),
+        lr=run.optimizer.param_groups[0]["lr"],
+        multipliers_updated=update.multipliers_updated,
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
+    """Put every weight on its level, and re-estimate BatchNorm statistics for the weights as they are now."""
+    run.constrained.finish()
+    count = min(run.settings.batchnorm_batches, len(run.loader))
+    norms = [module for module in run.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    run.model.eval()
+    if not count or not norms:
+        return
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # plain average over all batches
+        norm.train()
+    # an epoch number of its own: pictures in an order training did not end on
+    for batch in islice(run.loader.epoch(run.settings.epochs), count):
+        run.model(batch.images.to(run.device))
+        on_batch()
+    for norm, (momentum, state) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        if not norm.num_batches_tracked:  # in an auxiliary head, which only training runs
+            norm.load_state_dict(state)
+    run.model.eval()
