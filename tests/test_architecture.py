@@ -40,7 +40,7 @@ ROWS = (
     ("pictures", "transforms", "loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
     ("training", "evaluation", "checkpoint", "devices", "model_file", "inspection"),
     ("exports", "sections", "report"),
-    ("planning", "summary", "pipeline"),
+    ("planning", "summary", "outputs", "pipeline"),
     ("api",),
     ("cli", "__main__"),
 )

@@ -19,8 +19,8 @@ from cbpq.constrained import Constrained
 from cbpq.levels import CONSTRAINTS, Grid
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "cbp_reference.safetensors")
-# How close 99 % of all numbers are after so many epochs. After the first, all are as close as that. With one-bit shift, a
-# weight lands within 5e-8 of a midpoint in the seventh epoch, takes the other level, and sets off others.
+# How close 99 % of all numbers are after so many epochs. After the first, all are as close as that. With one-bit shift,
+# a weight lands within 5e-8 of a midpoint in the seventh epoch, takes the other level, and sets off others.
 CLOSE = {1: 1e-5, 10: 1e-3, 40: 1e-2}
 CONSTRAINED = ("conv1.weight", "conv2.weight", "mid.weight")
 

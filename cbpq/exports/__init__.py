@@ -1,0 +1,172 @@
+"""From a cbpq file to files that other tools read: one module per target, and one table of all of them.
+
+A target is a function that checks its result with the reader it is meant for, writes ``out`` whole or not at all, and
+returns an `Exported`. A new one is a new module and a new row of ``FORMATS``. None is imported before it is used.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbpq import fileformat
+from cbpq.errors import UsageError, did_you_mean, require_extra
+from cbpq.fileformat import CbpqFile
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cbpq.inputs import InputSpec
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        format: a name from ``FORMATS``.
+        path: the written file.
+        size: its length in bytes.
+        float32_size: bytes of the network's tensors with every constrained weight as float32, to compare ``size`` with.
+        facts: what else the target has to say, in JSON types (opset, maximum difference, ...).
+        notes: sentences for the user: what the target gains, and what it does not.
+    """
+
+    format: str
+    path: Path
+    size: int
+    float32_size: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types."""
+        return {
+            "format": self.format,
+            "path": str(self.path),
+            "size": self.size,
+            "float32_size": self.float32_size,
+            **self.facts,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        summary: one line for help texts.
+        function: ``module:name``; called as ``(file, out, **options)``.
+        needs_network: call it as ``(model, file, spec, out, **options)`` instead.
+        extensions: what ``out`` may end with.
+        extra: the optional part it belongs to, as in ``pip install "cbpq[extra]"``; empty if none.
+        modules: the packages that this part installs and the target imports.
+        options: keyword arguments it understands.
+    """
+
+    summary: str
+    function: str
+    extensions: tuple[str, ...]
+    needs_network: bool = False
+    extra: str = ""
+    modules: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+FORMATS: Mapping[str, Format] = {
+    "state-dict": Format(
+        summary="float32 weights that load_state_dict of torchvision, timm or your own network accepts",
+        function="cbpq.exports.state_dict:export_state_dict",
+        extensions=(".pth", ".safetensors"),
+    ),
+    "onnx": Format(
+        summary="an ONNX network whose constrained weights are 4-bit integers, or 2-bit with opset 25 where they fit",
+        function="cbpq.exports.onnx:export_onnx",
+        extensions=(".onnx",),
+        needs_network=True,
+        extra="onnx",
+        modules=("onnx", "onnxscript", "onnxruntime"),
+        options=("opset",),
+    ),
+}
+
+
+def export(
+    source: Path | str | CbpqFile,
+    format: str,
+    out: Path | str,
+    *,
+    model: "nn.Module | None" = None,
+    spec: "InputSpec | None" = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write ``source`` in another format, checked before it appears under the name ``out``.
+
+    Args:
+        source: a cbpq file, or what was read from one.
+        format: a name from ``FORMATS``.
+        out: the file to write; its extension must be one of the format's.
+        model: the network with the weights of ``source``, for formats that need it; else it is rebuilt from ``source``.
+        spec: the input of ``model``; without it, the one ``source`` states.
+        overwrite: whether an existing ``out`` may be replaced.
+        options: settings of the format, such as ``opset``; None stands for its default.
+
+    Raises:
+        UsageError: an unknown format or option, an extension that does not fit, an ``out`` that cannot be or exists.
+        MissingPartError: the format's optional packages are not installed.
+        CbpqError: ``source`` cannot be read or rebuilt, or the result did not pass its check; nothing was written.
+    """
+    target = FORMATS.get(format)
+    if target is None:
+        known = ", ".join(FORMATS)
+        raise UsageError(f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there are {known}")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in target.options:
+            takes = ", ".join(target.options) or "none"
+            raise UsageError(f"the export format {format} has no option {name!r}; it has {takes}")
+    out = Path(out)
+    _check_out(out, format, target, overwrite)
+    for module in target.modules:
+        require_extra(module, target.extra)
+
+    file = source if isinstance(source, CbpqFile) else fileformat.read(Path(source))
+    module_name, _, name = target.function.partition(":")
+    function = getattr(importlib.import_module(module_name), name)
+    result: Exported
+    if target.needs_network:
+        network, input_spec = _network(file, model, spec)
+        result = function(network, file, input_spec, out, **given)
+    else:
+        result = function(file, out, **given)
+    return result
+
+
+def float32_size(file: CbpqFile) -> int:
+    """Bytes of all tensors of the network, the constrained weights counted as float32."""
+    constrained = sum(4 * tensor.codes.size for tensor in file.constrained.values())
+    return int(constrained + sum(array.nbytes for array in file.others.values()))
+
+
+def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:
+    if out.suffix not in target.extensions:
+        endings = " or ".join(target.extensions)
+        raise UsageError(f"the export format {format} writes files that end in {endings}, not {out.name!r}")
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file to write")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} does not exist; create it first or choose another")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; choose another name or allow overwriting")
+
+
+def _network(file: CbpqFile, model: "nn.Module | None", spec: "InputSpec | None") -> "tuple[nn.Module, InputSpec]":
+    from cbpq.models import SourceInfo, from_cbpq_file
+
+    if model is None:
+        loaded = from_cbpq_file(file)
+        return loaded.model, spec or loaded.info.input_spec
+    return model, spec or SourceInfo.from_dict(file.source).input_spec

@@ -1,0 +1,83 @@
+"""Export to a plain state dict: float32 again, for everything that knows nothing of cbpq.
+
+Names, types and shapes are those of the network's own ``state_dict()``, so ``load_state_dict(strict=True)`` accepts
+them; each constrained weight is decoded to the very bits the network computed with.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cbpq.atomic import atomic_write
+from cbpq.errors import CbpqError, UsageError
+from cbpq.exports import Exported, float32_size
+from cbpq.fileformat import CbpqFile
+
+_NOTE = "float32 weights again: as large as the original network and no faster, but any tool loads them"
+
+
+def export_state_dict(file: CbpqFile, out: Path) -> Exported:
+    """Write every tensor of ``file`` under its state-dict name, read back and compared before ``out`` appears.
+
+    ``out`` ends in ``.pth`` (``torch.save`` of a dict of tensors, read with ``weights_only=True``) or ``.safetensors``.
+
+    Raises:
+        UsageError: another extension.
+        CbpqError: ``out`` cannot be written, or what was to be written does not read back equal.
+    """
+    if out.suffix not in _WRITERS:
+        raise UsageError(f"a state dict is written to a file that ends in {' or '.join(_WRITERS)}, not {out.name!r}")
+    dump, load = _WRITERS[out.suffix]
+    decoded = {name: tensor.weight() for name, tensor in file.constrained.items()}
+    arrays = dict(sorted((decoded | file.others).items()))  # equal content in another order gives equal bytes
+    # a copy, because arrays that were read from a file may be read-only, which tensors cannot be
+    data = dump({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    _compare(arrays, load(data))
+    atomic_write(out, data)
+    return Exported(
+        format="state-dict",
+        path=out,
+        size=len(data),
+        float32_size=float32_size(file),
+        facts={"tensors": len(arrays), "decoded": len(decoded)},
+        notes=(_NOTE,),
+    )
+
+
+def _dump_pickle(tensors: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def _load_pickle(data: bytes) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _dump_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    # transformers, timm and others look for this entry
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+_WRITERS: dict[str, tuple[Callable[[dict[str, Tensor]], bytes], Callable[[bytes], dict[str, Tensor]]]] = {
+    ".pth": (_dump_pickle, _load_pickle),
+    ".safetensors": (_dump_safetensors, safetensors.torch.load),
+}
+
+
+def _compare(expected: dict[str, NDArray[Any]], found: dict[str, Tensor]) -> None:
+    if found.keys() != expected.keys():
+        raise CbpqError(f"the state dict reads back with other names: {sorted(found.keys() ^ expected.keys())[:3]}")
+    for name, array in expected.items():
+        back = found[name].numpy()
+        # bytes, because NaN is not equal to itself
+        if (back.dtype, back.shape, back.tobytes()) != (array.dtype, array.shape, array.tobytes()):
+            raise CbpqError(f"{name} does not read back as it was written; nothing was written")

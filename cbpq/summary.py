@@ -1,0 +1,140 @@
+"""What a finished run leaves behind, put together from its parts: the file's content, the report, the settings."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm
+import torch
+import torchvision
+from torch import Tensor
+
+import cbpq
+from cbpq.constrained import Constrained
+from cbpq.devices import describe_device
+from cbpq.evaluation import Predictions, compare, summarize
+from cbpq.fileformat import ConstrainedTensor, read
+from cbpq.inspection import sizes_of
+from cbpq.planning import FREE_SETTINGS, Plan
+from cbpq.report import LayerRow, Report, SkippedRow
+from cbpq.training import Run
+
+
+def run_facts(job: Plan) -> dict[str, Any]:
+    """How the network was made, for the file: everything that decides the result, nothing that differs between equal
+    runs.
+    """
+    settings = job.resolved.settings.to_dict()
+    return {
+        "constraint": job.levels.name,
+        "method": job.method,
+        "preset": job.resolved.preset,
+        "settings": {name: value for name, value in settings.items() if name not in FREE_SETTINGS},
+        **job.choices,
+        "device": job.device.type,
+        "versions": {"cbpq": cbpq.__version__, "torch": torch.__version__},
+    }
+
+
+def metric_facts(original: Predictions, final: Predictions) -> dict[str, Any]:
+    """How good the network is beside the original, for the file."""
+    return {
+        "original": summarize(original).to_dict(timing=False),
+        "quantized": summarize(final).to_dict(timing=False),
+        "comparison": compare(final, original).to_dict(),
+    }
+
+
+def build_report(
+    job: Plan,
+    run: Run,
+    before: Mapping[str, Tensor],
+    original: Predictions,
+    final: Predictions,
+    path: Path,
+    seconds: Mapping[str, float],
+) -> Report:
+    """The report of a finished run. ``before`` is the original state dict, ``path`` the file that was written."""
+    content = read(path)
+    window = run.constrained.method.describe().get("window")
+    return Report(
+        command=job.command,
+        source=job.loaded.info.to_dict(),
+        constraint=job.levels.name,
+        method=job.method,
+        preset=job.resolved.preset,
+        settings=job.resolved.to_dict(),
+        data=job.data.describe if job.data else {},
+        original=summarize(original).to_dict(),
+        quantized=summarize(final).to_dict(),
+        comparison=compare(final, original).to_dict(),
+        sizes=sizes_of(content, path.stat().st_size),
+        layers=tuple(
+            layer_row(name, content.constrained[name], before[name], run.constrained) for name in run.constrained.names
+        ),
+        skipped=tuple(
+            SkippedRow(name, tuple(before[name].shape), before[name].numel(), reason)
+            for name, reason in job.layers.skipped.items()
+        ),
+        training={
+            "epochs": run.epoch,
+            "steps": run.steps,
+            "cfs": run.constrained.cfs(),
+            "window": window if window is None or math.isfinite(window) else "shut",
+            "seconds": run.seconds,
+            "images_per_second": run.images_seen / run.seconds if run.seconds else None,
+        },
+        versions=versions(job.device),
+        seconds=seconds,
+        warnings=tuple(job.warnings),
+    )
+
+
+def layer_row(name: str, tensor: ConstrainedTensor, before: Tensor, constrained: Constrained) -> LayerRow:
+    """How one constrained weight came out: error relative to the original weight, zeros, and what is left of its CFS.
+    """
+    after = torch.from_numpy(tensor.weight())
+    distance = constrained.grid(name).distance(constrained.latent(name)).detach()
+    return LayerRow(
+        name=name,
+        constraint=tensor.constraint,
+        shape=tuple(before.shape),
+        parameters=before.numel(),
+        bits_per_weight=8 * tensor.packed_bytes / before.numel(),
+        relative_error=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+        zeros=tensor.sparsity,
+        cfs=float(distance.mean(dtype=torch.float64)),
+    )
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What ran, and on what."""
+    return {
+        "cbpq": cbpq.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def settings_toml(job: Plan) -> str:
+    """All choices of a run as a configuration file: ``--config settings.toml`` makes the same run."""
+    choices = {
+        "constraint": job.levels.name,
+        "method": job.method,
+        "preset": job.resolved.preset,
+        **job.choices,
+        **job.resolved.settings.to_dict(),
+    }
+    # JSON's strings, numbers, truth values and lists of strings are TOML's as well
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items()]
+    return "# cbpq quantize SOURCE --data PATH --config settings.toml\n" + "".join(lines)
