@@ -160,8 +160,7 @@ class Grid:
         return _look_up(table, self.index(weight))
 
     def level(self, weight: Tensor) -> Tensor:
-        """Nearest level before scaling, q in the weight's shape: the derivative of the constrained weight by its scale.
-        """
+        """Nearest level before scaling, q in the weight's shape: the constrained weight's derivative by its scale."""
         return _look_up(self._levels, self.index(weight))
 
     def nearest(self, weight: Tensor) -> Tensor:

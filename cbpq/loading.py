@@ -206,15 +206,16 @@ def _input_spec(
             )
     if isinstance(given, InputSpec):
         return given.replaced(built).replaced(overrides)
+    if given is None:
+        return InputSpec.from_dict(override_fields(overrides))
     try:
-        if given is None:
-            return InputSpec.from_dict(override_fields(overrides))
         if not isinstance(given, Mapping):
             raise UsageError(f"it is a {type(given).__name__}, no dictionary")
-        return InputSpec.from_dict(given).replaced(overrides)
+        spec = InputSpec.from_dict(given)
     except UsageError as error:
         where = "its metadata" if "input_spec" in metadata else f"{architecture.name}.input_spec"
         raise SourceError(f"the input of {architecture} according to {where} is unusable: {error}") from error
+    return spec.replaced(overrides)
 
 
 def _asked(architecture: Architecture, num_classes: int | None, overrides: Overrides) -> dict[str, Any]:

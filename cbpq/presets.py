@@ -144,8 +144,7 @@ def resolve(
 
 
 def paper_model(architecture: str, input_size: int) -> str:
-    """The line of PAPER_MODELS for a network: its own, else by the size of its input (ResNet-18's for ImageNet sizes).
-    """
+    """The line of PAPER_MODELS for a network: its own, else by its input's size (ResNet-18's for ImageNet sizes)."""
     name = architecture.split(".")[0]
     if input_size > SMALL_INPUT:
         return name if name in PAPER_MODELS else "resnet18"

@@ -42,17 +42,14 @@ def _mean_abs(rows: Tensor, levels: LevelSet) -> Tensor:
 
 def _least_squares(rows: Tensor, levels: LevelSet) -> Tensor:
     """The best scale of all, not a local optimum: see ``_best_assignment``."""
-    # Powers of two change no bit, and keep the squares of very large and very small weights in range.
-    exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_SCALE)).exponent
-    rows = torch.ldexp(rows, -exponent)
-    mean = rows.abs().mean(dim=1, keepdim=True)
+    mean = _mean_abs(rows, levels)
     stride = -(-rows.shape[1] * len(levels.codes) // MOST_EVENTS)
     if stride > 1:  # every so many-th of the sorted weights has their distribution
         rows = rows.sort(dim=1).values[:, stride // 2 :: stride]
     chunks = rows.split(max(1, MOST_EVENTS // (rows.shape[1] * len(levels.codes))))
     best = torch.cat([_best_assignment(chunk, levels) for chunk in chunks])
     # Where no scale is better than none, all weights lie on a side without levels: keep the grid in their reach.
-    return torch.ldexp(torch.where(best > 0, best, mean), exponent)
+    return torch.where(best > 0, best, mean)
 
 
 def _best_assignment(rows: Tensor, levels: LevelSet) -> Tensor:

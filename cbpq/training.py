@@ -26,6 +26,7 @@ from cbpq.layers import LayerChoice
 from cbpq.levels import LevelSet
 from cbpq.models import auxiliary_logits, logits
 from cbpq.presets import Settings
+from cbpq.tracing import one_line
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
 MEASURE_EVERY = 10  # steps between measurements of CFS and Lagrangian, which pass over all weights
@@ -148,8 +149,7 @@ def prepare(
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SGD or AdamW, with weight decay on matrices and kernels only: none on biases, normalisations and other vectors.
-    """
+    """SGD or AdamW, with weight decay on matrices and kernels only: none on biases, norms and other vectors."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
@@ -191,7 +191,7 @@ def take_step(run: Run, batch: Batch) -> float:
     images, labels = batch.images.to(run.device), batch.labels.to(run.device)
     run.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.amp):
-        output = run.model(images)
+        output = forward(run, images)
         with torch.no_grad():
             target = logits(run.teacher(images)) if run.teacher is not None else None
         loss = loss_of(logits(output), labels, target, run.settings)
@@ -208,9 +208,23 @@ def take_step(run: Run, batch: Batch) -> float:
     return value
 
 
-def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:
-    """(1 − d) · cross-entropy + d · T² · KL(original ‖ output) (Hinton et al. 2015), with d the share of distillation.
+def forward(run: Run, images: Tensor) -> Any:
+    """What the network returns for a batch (B, C, H, W).
+
+    Raises:
+        TrainingError: BatchNorm finds the batch too small.
     """
+    try:
+        return run.model(images)
+    except ValueError as error:
+        raise TrainingError(
+            f"the network cannot be trained on batches of {len(images)} ({one_line(error)}); "
+            "raise --batch-size, or give more training pictures"
+        ) from error
+
+
+def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:
+    """(1 − d) · cross-entropy + d · T² · KL(original ‖ output) (Hinton et al. 2015), d the share of distillation."""
     share, temperature = settings.distillation, settings.temperature
     loss = output.new_zeros((), dtype=torch.float32)
     if target is None or share < 1:
@@ -289,7 +303,7 @@ def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
         norm.train()
     # an epoch number of its own: pictures in an order training did not end on
     for batch in islice(run.loader.epoch(run.settings.epochs), count):
-        run.model(batch.images.to(run.device))
+        forward(run, batch.images.to(run.device))
         on_batch()
     for norm, (momentum, state) in zip(norms, before, strict=True):
         norm.momentum = momentum

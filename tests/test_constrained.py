@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,15 @@ from cbpq.levels import CONSTRAINTS, Grid, level_set
 from cbpq.scales import SMALLEST_SCALE
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are quickest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
@@ -772,6 +781,17 @@ def test_learning_rate_drop_of_the_published_schedule() -> None:
         constrained.end_epoch()
 
 
+def test_latent_weights_are_clamped() -> None:
+    model = net()
+    optimizer = sgd(model)
+    constrained = cbpq.constrain(model, optimizer, "ternary", clamp=0.05)
+    assert constrained.latent("conv.weight").abs().max() > 0.05
+    step(model, optimizer)
+    assert constrained.latent("conv.weight").abs().max() == torch.tensor(0.05)
+    assert holds(constrained)
+    assert model.stem.weight.abs().max() > 0.05
+
+
 def test_scales_take_the_learning_rate_of_their_weights() -> None:
     model = net()
     groups: list[dict[str, Any]] = [
@@ -783,6 +803,12 @@ def test_scales_take_the_learning_rate_of_their_weights() -> None:
     group = optimizer.param_groups[-1]
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.25, 0.0, 2)
     assert "initial_lr" not in group
+    scheduled = net()
+    optimizer = sgd(scheduled)
+    lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1)
+    cbpq.constrain(scheduled, optimizer, "ternary", scale_lr=0.5)
+    group = optimizer.param_groups[-1]
+    assert (group["lr"], group["initial_lr"]) == (pytest.approx(0.005), pytest.approx(0.05))
 
 
 @pytest.mark.parametrize("setting, value", [("scale_granularity", "layer"), ("learn_scales", False)])

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 
@@ -36,6 +37,15 @@ scales = st.floats(-8, 8).map(lambda exponent: float(np.float32(10.0**exponent))
 units = st.lists(
     st.floats(-1.5, 1.5) | st.floats(-100, 100) | st.sampled_from([0.0, 1.0, -1.0]), min_size=1, max_size=30
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are quickest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def levels_of(name: str, scale: float) -> list[Fraction]:
@@ -149,7 +159,9 @@ def test_codes_decode_to_the_very_bits(name: str, scale: float, units: list[floa
             assert not torch.stack(grid.penalty_and_slope(snapped, window)).any()
 
 
-@pytest.mark.parametrize("name", [*CONSTRAINTS, "shift:3", "levels:-3,-2,-1,0,1,2,3", "levels:-1,-0.25,0.5"])
+@pytest.mark.parametrize(
+    "name", [*CONSTRAINTS, "shift:3", "shift:10", "levels:-3,-2,-1,0,1,2,3", "levels:-1,-0.25,0.5"]
+)
 @pytest.mark.parametrize("scale", [2.0**-20, 0.25, 1.0, 2.0**12])
 def test_ties_go_up(name: str, scale: float) -> None:
     # with these levels and scales every midpoint is exact in float32

@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,20 @@ from cbpq.data import Batch
 from cbpq.errors import CbpqError, TrainingError, UsageError
 from cbpq.layers import choose_layers
 from cbpq.levels import CONSTRAINTS
+from cbpq.methods.base import Slot, Update
 from cbpq.presets import Settings, resolve
 from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, finish, loss_of, make_optimizer, prepare, train
 
 CLASSES = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are quickest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Loader:
@@ -79,7 +89,7 @@ class Net(nn.Module):
 def net(kind: type[nn.Module] = Net) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return kind()
+        return kind().eval()  # as networks come
 
 
 def start(
@@ -274,6 +284,7 @@ def test_interrupted_at_any_event(preset: str, optimizer: str, amp: bool, tmp_pa
         seen += [shown(event) for event in train(resumed)]
         assert seen == events
         assert same(lasting(resumed), trained)
+        assert (resumed.steps, resumed.images_seen) == (unbroken.steps, unbroken.images_seen)
         finish(resumed)
         assert same(lasting(resumed), settled)
 
@@ -411,6 +422,13 @@ def test_auxiliary_heads() -> None:
     assert not torch.equal(run.model.get_parameter("aux.1.weight"), before)
 
 
+def test_batches_too_small_for_batchnorm() -> None:
+    run = start(Loader(size=1), model=net(TwoHeads))
+    with pytest.raises(TrainingError, match=r"cannot be trained on batches of 1 \(.*raise --batch-size") as caught:
+        next(iter(train(run)))
+    assert "\n" not in str(caught.value)
+
+
 def test_amp_keeps_weights_in_full_precision() -> None:
     run = start(amp=True)
     seen = steps(run)
@@ -436,14 +454,22 @@ def test_optimizer(optimizer: str) -> None:
         assert {group["momentum"] for group in made.param_groups} == {0.7}
 
 
-def test_published_schedule_gets_the_sum_of_the_epoch() -> None:
+def test_published_schedule_gets_the_sum_of_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(Loader(batches=3), preset="paper", epochs=6, patience=20, lr=1e-9, multiplier_lr=0.0, momentum=0.0)
-    sums, previous = [], 1e10
+    sums, previous, told = [], 1e10, []
+    end_epoch = run.constrained.method.end_epoch
+
+    def spy(slots: Iterable[Slot], loss_sum: float | None) -> Update:
+        told.append(loss_sum)
+        return end_epoch(slots, loss_sum)
+
+    monkeypatch.setattr(run.constrained.method, "end_epoch", spy)
     for event in train(run):
         if isinstance(event, EpochEnd):
             sums.append(3 * event.loss)  # with λ = 0 this is the Lagrangian
             assert event.multipliers_updated == (sums[-1] >= previous)
             previous = 1e10 if event.multipliers_updated else sums[-1]
+    assert told == pytest.approx(sums)
     assert run.constrained.method.describe()["window"] > 1
 
 

@@ -1,0 +1,262 @@
+"""The examples and the README, followed as a user would."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_job import RESULTS, ROOT, command, contents, environment, one_thread, write_folder
+
+import cbpq
+from cbpq.levels import level_set
+from cbpq.models import load_model
+
+EXAMPLES = ROOT / "examples"
+DOCUMENTS = (ROOT / "README.md", *sorted(EXAMPLES.rglob("*.md")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def script(path: Path) -> ModuleType:
+    """A script as a module, its ``main`` not run."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """The ``cbpq`` commands in a document's console blocks and a workflow's steps, as words."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL))
+    lines = re.sub(r"\s*\n\s+--", " --", text).splitlines()
+    found = [part for line in lines for part in line.split("&&") if part.strip().startswith("cbpq ")]
+    return [shlex.split(part) for part in found]
+
+
+# What documents say
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_exist(document: Path) -> None:
+    commands = commands_in(document)
+    if document.parent in (ROOT, EXAMPLES / "imagenet", EXAMPLES / "ci"):
+        assert commands
+    for words in commands:
+        known = command(words[1], "--help").out
+        for word in words[2:]:
+            if word.startswith("-"):
+                assert re.search(rf"(^|[\s│,]){re.escape(word)}\b", known), f"{document}: {shlex.join(words)}: {word}"
+
+
+def test_flags_named_in_documents_exist() -> None:
+    """Also those in running text."""
+    helps = "".join(command(name, "--help").out for name in ("quantize", "evaluate", "inspect", "export", "models"))
+    known = set(re.findall(r"--[a-z][a-z0-9-]+", helps)) | {"--install-completion", "--strict", "--version"}
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text()))
+        assert named <= known, f"{document}: {named - known}"
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_constraints_in_the_readme_are_known() -> None:
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| constraints"))
+    names = [name.replace("K", "3") for name in re.findall(r"`([^`]+)`", row)]
+    assert {"binary", "ternary", "one-bit-shift", "two-bit-shift", "shift:3"} < set(names)
+    for name in names:
+        level_set(name)
+
+
+def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as they stand there; all that differs is a smaller budget."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CBPQ_EPOCHS", "1")
+    monkeypatch.setenv("CBPQ_DEVICE", "cpu")
+    shutil.copytree(EXAMPLES / "digits", tmp_path / "examples" / "digits")
+    ran = []
+    for words in commands_in(ROOT / "README.md"):
+        if words[2].startswith(("examples/digits", "resnet-two-bit-shift")) and "onnx" not in words:
+            monkeypatch.setattr(sys, "argv", words)
+            outcome = command(*words[1:])
+            assert outcome.code == 0, outcome.err
+            ran.append(words[1])
+            if words[1] == "quantize":  # the exact command is in the report
+                assert shlex.join(words) in (tmp_path / "resnet-two-bit-shift" / "report.md").read_text()
+    assert ran == ["quantize", "inspect", "evaluate", "export"]
+    plain, original = load_file(EXAMPLES / "digits" / "resnet.safetensors"), torch.load("resnet.pth", weights_only=True)
+    assert {name: tensor.shape for name, tensor in plain.items()} == {n: t.shape for n, t in original.items()}
+
+
+# examples/digits
+
+
+@pytest.fixture(scope="module")
+def prepare() -> ModuleType:
+    pytest.importorskip("sklearn")
+    return script(EXAMPLES / "digits" / "prepare.py")
+
+
+def test_digits_are_what_prepare_writes(prepare: ModuleType, tmp_path: Path) -> None:
+    prepare.write_data(tmp_path / "digits.npz")
+    with np.load(tmp_path / "digits.npz") as made, np.load(EXAMPLES / "digits" / "digits.npz") as kept:
+        assert set(made) == set(kept) == {"train_images", "train_labels", "val_images", "val_labels"}
+        for name in made:
+            assert made[name].dtype == kept[name].dtype == np.uint8
+            assert np.array_equal(made[name], kept[name])
+
+
+def test_the_network_of_digits_is_as_prepare_says(prepare: ModuleType) -> None:
+    path = EXAMPLES / "digits" / "resnet.safetensors"
+    loaded = load_model(str(path))
+    assert (loaded.info.library, loaded.info.architecture) == ("timm", prepare.ARCHITECTURE)
+    assert loaded.info.arguments == prepare.ARGUMENTS
+    spec = loaded.info.input_spec
+    assert (spec.channels, spec.height, spec.width) == (1, 8, 8)
+    assert (spec.mean, spec.std) == ((prepare.MEAN,), (prepare.STD,))
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["architecture"] == f"timm:{prepare.ARCHITECTURE}"
+    assert sum(file.stat().st_size for file in (EXAMPLES / "digits").iterdir() if file.is_file()) < 2_000_000
+    # the same pictures through its script and through the library
+    measured = cbpq.evaluate(path, EXAMPLES / "digits" / "digits.npz", device="cpu")
+    with np.load(EXAMPLES / "digits" / "digits.npz") as arrays, torch.no_grad():
+        images = prepare.normalize(torch.from_numpy(arrays["val_images"]))
+        right = loaded.model(images).argmax(1).numpy() == arrays["val_labels"][:, 0]
+    assert measured.result.top1 == 100 * float(right.mean()) > 97
+
+
+@pytest.mark.slow
+def test_prepare_trains_a_network_as_good(prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "HERE", tmp_path)
+    prepare.main()
+    assert set(contents(tmp_path)) == {"digits.npz", "resnet.safetensors"}
+    # another machine may round otherwise, so the weights need not be the same bits
+    assert load_file(tmp_path / "resnet.safetensors").keys() == load_file(EXAMPLES / "digits/resnet.safetensors").keys()
+    assert cbpq.evaluate(tmp_path / "resnet.safetensors", tmp_path / "digits.npz", device="cpu").result.top1 > 96
+
+
+# examples/plain_loop.py
+
+
+def test_the_plain_loop(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "plain_loop.py", "--epochs", "1", "--constraint", "ternary"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    accuracies = [float(line.split(": ")[1].split(" %")[0]) for line in lines[:2]]
+    assert accuracies[0] > 97
+    assert accuracies[1] > 85
+    assert lines[-1].startswith("wrote digits-plain-loop.safetensors")
+    assert set(contents(tmp_path)) == {"digits-plain-loop.safetensors"}
+    inspected = cbpq.inspect(tmp_path / "digits-plain-loop.safetensors")
+    assert {layer.constraint for layer in inspected.layers} == {"ternary"}
+    assert len(inspected.layers) == 15
+
+
+def test_the_loop_in_the_readme() -> None:
+    """The snippet runs as it is, given the names that it takes for granted."""
+    text = (ROOT / "README.md").read_text()
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "constrain(" in block)
+    assert "cbpq.save(" in snippet
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    scope = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "loader": [(torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1]))],
+    }
+    saved: list[Any] = []
+    exec(snippet.replace("cbpq.save(", "saved.append(").replace('"model.safetensors", ', ""), scope | {"saved": saved})
+    weight = saved[0].model[2].weight.detach()
+    assert all(len(channel.unique()) <= 7 for channel in weight)
+
+
+# examples/ci
+
+
+def test_the_ci_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = commands_in(EXAMPLES / "ci" / "quantize.yml")
+    assert {"--max-drop", "--max-size", "--seed"} <= set(words)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EXAMPLES / "digits", tmp_path / "examples" / "digits")
+    monkeypatch.setenv("CBPQ_EPOCHS", "2")  # for a test; the job takes the preset's ten
+    monkeypatch.setenv("CBPQ_DEVICE", "cpu")
+    outcome = command(*words[1:])
+    assert outcome.code == 0, outcome.err
+    assert set(contents(tmp_path / "out")) == RESULTS
+
+    tight = [{"1.0": "-5", "out": "tight"}.get(word, word) for word in words[1:]]
+    monkeypatch.setenv("CBPQ_EPOCHS", "0")
+    assert command(*tight).code == 3  # the job turns red, and what it keeps is there
+    assert set(contents(tmp_path / "tight")) == RESULTS
+
+
+# examples/imagenet
+
+
+def test_the_imagenet_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands, with a network and pictures that stand in for those of ImageNet."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=6).state_dict(), "resnet18-f37072fd.pth")
+    write_folder(tmp_path / "imagenet", train=12, val=6)
+    before = contents(tmp_path)
+    shown = 0
+    for words in commands_in(EXAMPLES / "imagenet" / "README.md"):
+        if words[1] != "quantize" or "--pretrained" in words:  # those weights would have to be fetched
+            continue
+        outcome = command(*words[1:], *(() if "--dry-run" in words else ("--dry-run",)), "--json", "--device", "cpu")
+        assert outcome.code == 0, outcome.err
+        settings = outcome.document()["settings"]
+        assert settings["constraint"]["value"] == "binary"
+        if "paper" in words:
+            assert settings["lr"] == {"value": 1e-3, "from": "preset paper, model resnet18"}
+            assert settings["batch_size"] == {"value": 256, "from": "preset paper, model resnet18"}
+        assert len(outcome.document()["constrained"]) == 19
+        shown += 1
+    assert shown == 2
+    assert contents(tmp_path) == before
+
+
+# examples/cifar10
+
+
+def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parameters = {}
+    for name in ("resnet20", "resnet56"):
+        loaded = load_model(f"examples.cifar10.resnet:{name}", random=True)
+        assert loaded.num_classes == 10
+        assert (loaded.info.input_spec.height, loaded.info.input_spec.crop_pct) == (32, 1.0)
+        parameters[name] = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
