@@ -11,7 +11,7 @@ it at any time shows the constrained network. Gradients may accumulate over as m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,59 +25,9 @@ from cbpq.levels import Grid, LevelSet, level_set, total
 from cbpq.methods import method_class
 from cbpq.methods.base import Method, Slot, State, Update
 from cbpq.presets import Settings, resolve
-from cbpq.scales import SMALLEST_SCALE, initial_scale
+from cbpq.scales import initial_scale
 from cbpq.tracing import unwrapped
-
-
-@dataclass
-class _Weight:
-    """A constrained weight: where the network keeps it, and what is kept beside it."""
-
-    parameter: nn.Parameter
-    slot: Slot
-
-    def kept(self) -> dict[str, Tensor]:
-        """All tensors beside the parameter, by name (not copies)."""
-        return {"latent": self.slot.latent, "scale": self.slot.grid.scale.detach(), **self.slot.state}
-
-    @torch.no_grad()
-    def install_latent(self, method: Method) -> None:
-        """Before the step: latent weight in, the method's gradient in, and the learned scale's gradient."""
-        latent, grid, _ = self.slot
-        gradient = self.parameter.grad
-        if gradient is None:
-            grid.scale.grad = None  # of an earlier step, where only the model's own gradients were set to zero
-            return
-        gradient = gradient.contiguous()  # a network may be in channels_last; mixing the two layouts is slow
-        if grid.scale.requires_grad:
-            grid.scale.grad = scale_gradient(gradient, grid.level(latent), grid.scale)
-        self.parameter.grad = method.gradient(self.slot, gradient)
-        self.parameter.copy_(latent)
-
-    @torch.no_grad()
-    def install_constrained(self, method: Method) -> None:
-        """After the step: the moved latent weight out, corrected, and the constrained weight in."""
-        latent, grid, _ = self.slot
-        if self.parameter.grad is None:
-            return
-        latent.copy_(self.parameter)
-        method.after_step(self.slot)
-        if grid.scale.requires_grad:
-            grid.scale.clamp_(min=SMALLEST_SCALE)
-        self.parameter.copy_(method.constrained_weight(self.slot))
-
-
-def scale_gradient(gradient: Tensor, level: Tensor, scale: Tensor) -> Tensor:
-    """Gradient for a learned scale, in the scale's shape: Σ grad × level / Σ level², over the weights that share the
-    scale.
-
-    The numerator is ∂C/∂a, as the constrained weight is a·q. The denominator makes a step of size η change the
-    constrained weights exactly as a step of size η along their gradient would, projected on the one direction (q) that
-    the scale can move them in; so weights and scales share a learning rate whatever the layer's size.
-    """
-    axes = tuple(range(1, level.dim())) if scale.dim() else tuple(range(level.dim()))
-    numerator = (gradient * level).sum(dim=axes)
-    return (numerator / level.square().sum(dim=axes).clamp_min(1)).reshape(scale.shape)
+from cbpq.weights import ConstrainedWeight
 
 
 class Constrained:
@@ -109,14 +59,14 @@ class Constrained:
         self._epoch = 0
         parameters = dict(model.named_parameters())
         owned = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[str, ConstrainedWeight] = {}
         for name in layers.constrained:
             parameter = parameters[name]
             if id(parameter) not in owned:
                 raise UsageError(
                     f"the optimizer does not hold {name}: give it all parameters that are to be constrained"
                 )
-            self._weights[name] = _Weight(parameter, self._slot(name, parameter))
+            self._weights[name] = ConstrainedWeight(parameter, self._slot(name, parameter))
         if settings.learn_scales:
             self._add_scales(owned[id(parameters[layers.constrained[0]])])
         with torch.no_grad():

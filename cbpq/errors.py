@@ -1,6 +1,6 @@
 """One family of exceptions. Every message is one line: what is wrong, where, and what to do next.
 
-``exit_code`` is what the command line exits with: 1 failed, 2 usage, 3 a gate was not met, 4 an optional part is missing.
+``exit_code`` is what the command line exits with: 1 failed, 2 usage, 3 a gate not met, 4 an optional part missing.
 """
 
 import difflib

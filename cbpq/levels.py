@@ -19,6 +19,7 @@ Source: Kim & Jeong, NeurIPS 2021, arXiv 2110.02550 (there, Y is written piece b
 tent ``(q_{i+1} − q_i) − 2|w − m_i|``, outside them a ramp, which together is 2|w − nearest|).
 """
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -97,6 +98,8 @@ def level_set(constraint: str | LevelSet) -> LevelSet:
 
 
 def _parse_levels(name: str, argument: str) -> LevelSet:
+    if re.search(r"e[+-]?\d{3}", argument, re.IGNORECASE):  # Fraction would write out all those digits
+        raise UsageError(f"constraint {name!r}: these levels are too large or too small; they are scaled anyway")
     try:
         values = [Fraction(part.strip()) for part in argument.split(",")]
     except (ValueError, ZeroDivisionError) as error:

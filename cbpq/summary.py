@@ -19,6 +19,7 @@ from cbpq.devices import describe_device
 from cbpq.evaluation import Predictions, compare, summarize
 from cbpq.fileformat import ConstrainedTensor, read
 from cbpq.inspection import sizes_of
+from cbpq.levels import total
 from cbpq.planning import FREE_SETTINGS, Plan
 from cbpq.report import LayerRow, Report, SkippedRow
 from cbpq.training import Run
@@ -95,8 +96,7 @@ def build_report(
 
 
 def layer_row(name: str, tensor: ConstrainedTensor, before: Tensor, constrained: Constrained) -> LayerRow:
-    """How one constrained weight came out: error relative to the original weight, zeros, and what is left of its CFS.
-    """
+    """How one constrained weight came out: error relative to the original, zeros, and what is left of its CFS."""
     after = torch.from_numpy(tensor.weight())
     distance = constrained.grid(name).distance(constrained.latent(name)).detach()
     return LayerRow(
@@ -107,7 +107,7 @@ def layer_row(name: str, tensor: ConstrainedTensor, before: Tensor, constrained:
         bits_per_weight=8 * tensor.packed_bytes / before.numel(),
         relative_error=float((after - before).norm() / before.norm().clamp_min(1e-30)),
         zeros=tensor.sparsity,
-        cfs=float(distance.mean(dtype=torch.float64)),
+        cfs=total(distance) / distance.numel(),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from cbpq.inputs import InputSpec
@@ -49,11 +50,11 @@ def trace(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside ``torch.compile`` and data-parallel wrappers, which hold the very same parameters."""
+    """The network inside ``torch.compile``, data-parallel and averaging wrappers."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             model = model.module
         else:
             return model

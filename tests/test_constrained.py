@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import cbpq
-from cbpq.constrained import Constrained, scale_gradient
+from cbpq.constrained import Constrained
 from cbpq.errors import CbpqError, UsageError
 from cbpq.levels import CONSTRAINTS, Grid, level_set
 from cbpq.scales import SMALLEST_SCALE
+from cbpq.weights import scale_gradient
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
 

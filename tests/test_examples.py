@@ -2,9 +2,9 @@
 
 import importlib.util
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_job import RESULTS, ROOT, command, contents, environment, one_thread, write_folder
+from small_job import RESULTS, ROOT, command, contents, one_thread, write_folder
 
 import cbpq
 from cbpq.levels import level_set
@@ -161,18 +161,11 @@ def test_prepare_trains_a_network_as_good(prepare: ModuleType, tmp_path: Path, m
 # examples/plain_loop.py
 
 
-def test_the_plain_loop(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "plain_loop.py", "--epochs", "1", "--constraint", "ternary"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_the_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plain_loop.py", "--epochs", "1", "--constraint", "ternary"])
+    runpy.run_path(str(EXAMPLES / "plain_loop.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     accuracies = [float(line.split(": ")[1].split(" %")[0]) for line in lines[:2]]
     assert accuracies[0] > 97
     assert accuracies[1] > 85

@@ -30,7 +30,7 @@ from small_job import (
     write_network,
 )
 
-from cbpq import pipeline, training
+from cbpq import pipeline, recipe, training
 from cbpq.errors import CbpqError
 from cbpq.pipeline import Event, Interrupted, Saved, Tick, execute
 from cbpq.planning import plan
@@ -371,7 +371,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     output = tmp_path / "out"
     saved: dict[str, bytes] = {}
     with monkeypatch.context() as patch:
-        steps, real = iter(range(100)), training.loss_of
+        steps, real = iter(range(100)), recipe.loss_of
 
         def loss_of(*arguments: Any) -> torch.Tensor:
             if next(steps) == 6:

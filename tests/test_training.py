@@ -25,7 +25,8 @@ from cbpq.layers import choose_layers
 from cbpq.levels import CONSTRAINTS
 from cbpq.methods.base import Slot, Update
 from cbpq.presets import Settings, resolve
-from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, finish, loss_of, make_optimizer, prepare, train
+from cbpq.recipe import loss_of, make_optimizer
+from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, finish, prepare, train
 
 CLASSES = 3
 

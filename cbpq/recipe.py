@@ -1,0 +1,35 @@
+"""Optimizer and loss of a run, as its settings say."""
+
+import torch
+from torch import Tensor, nn
+
+from cbpq.presets import Settings
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """SGD or AdamW, with weight decay on matrices and kernels only: none on biases, norms and other vectors."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:
+    """(1 − d) · cross-entropy + d · T² · KL(original ‖ output) (Hinton et al. 2015), d the share of distillation."""
+    share, temperature = settings.distillation, settings.temperature
+    loss = output.new_zeros((), dtype=torch.float32)
+    if target is None or share < 1:
+        loss = loss + (1 - share) * nn.functional.cross_entropy(output.float(), labels)
+    if target is not None:
+        divergence = nn.functional.kl_div(
+            (output.float() / temperature).log_softmax(1),
+            (target.float() / temperature).log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        loss = loss + share * temperature**2 * divergence
+    return loss
