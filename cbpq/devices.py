@@ -43,4 +43,9 @@ def describe_device(device: torch.device) -> str:
     """The device in words for reports, such as ``cuda (NVIDIA H200)`` or ``cpu (2 threads)``."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return _cpu() if device.type == "cpu" else str(device)
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})"

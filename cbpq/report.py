@@ -163,7 +163,8 @@ def size_section(sizes: Mapping[str, Any]) -> Section:
     if (bits := sizes.get("bits_per_weight")) is not None:
         constrained = sizes.get("constrained_share")
         of = f"; {sections.share(constrained)} of all parameters are constrained" if constrained is not None else ""
-        notes.append(f"{sections.significant(bits)} bits per constrained weight{of}.")
+        unit = "bit" if bits == 1 else "bits"
+        notes.append(f"{sections.significant(bits)} {unit} per constrained weight{of}.")
     return Section("Size", ("", "bytes", "smaller"), rows, frozenset(("bytes", "smaller")), notes=tuple(notes))
 
 

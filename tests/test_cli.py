@@ -334,7 +334,7 @@ def test_inspect_fits_the_terminal(run: Callable[..., RUN], monkeypatch: pytest.
     code, out, err = run("inspect", "model.safetensors")
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= width
-    for part in ("cli_nets:make", "binary", "8×8×3×3", "1 bits per constrained weight", "0.0 %", "█", "in FP32"):
+    for part in ("cli_nets:make", "binary", "8×8×3×3", "1 bit per constrained weight", "0.0 %", "█", "in FP32"):
         assert part in out
     assert ("codes in %" in out) == (width == 120)
 
