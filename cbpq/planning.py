@@ -35,6 +35,7 @@ class Plan:
     device: torch.device
     amp: bool
     max_minutes: float | None
+    data_name: str = ""
     command: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Which layers, and how data are used: what settings do not say."""
@@ -53,7 +54,7 @@ class Plan:
             "preset": self.resolved.preset,
             **{name: value for name, value in settings.items() if name not in FREE_SETTINGS},
             **self.choices,
-            "constrained layers": list(self.layers.constrained),
+            "data": self.data_name,
             "training images": data.train.images if data and data.train else 0,
             "validation images": data.val.images if data and data.val else 0,
             "device": self.device.type,
@@ -162,6 +163,7 @@ def plan(
         chosen_device,
         amp,
         max_minutes,
+        Path(data).name if data is not None else "",  # not the whole path, so that data may be moved
         command,
         choices,
         list(loaded.notes),

@@ -450,7 +450,7 @@ def test_doctor(run: Callable[..., RUN]) -> None:
     parts = {check["part"]: check for check in document["checks"]}
     assert parts["torch"]["found"] == torch.__version__.split("+")[0]
     assert parts["file format"]["ok"] is True
-    assert "threads" in parts["devices"]["found"]
+    assert "thread" in parts["devices"]["found"]
 
 
 def test_doctor_reports_what_is_broken(run: Callable[..., RUN], monkeypatch: pytest.MonkeyPatch) -> None:

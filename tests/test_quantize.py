@@ -572,26 +572,21 @@ class _TwoPictures:
         yield from [self._batch][start:]
 
 
-def heavy(*arguments: Any) -> Any:
-    """One whose millions of weights take their time."""
-    return pytest.param(*arguments, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     "source, size",
     [
-        heavy("alexnet", 64),
+        ("alexnet", 64),
         ("resnet18", 32),
-        heavy("resnet50", 32),
+        ("resnet50", 32),
         ("googlenet", 32),
         ("mobilenet_v2", 32),
         ("mobilenet_v3_small", 32),
         ("efficientnet_b0", 32),
-        heavy("convnext_tiny", 32),
+        ("convnext_tiny", 32),
         ("densenet121", 32),
         ("timm:vit_tiny_patch16_224", 32),
         ("timm:deit_tiny_distilled_patch16_224", 32),
-        heavy("timm:swin_tiny_patch4_window7_224", 32),
+        ("timm:swin_tiny_patch4_window7_224", 32),
         ("squeezenet1_1", 32),
     ],
 )

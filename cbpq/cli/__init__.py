@@ -85,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message, code = explain(error)
         line = printable(" ".join(message.split()))
-        stderr().print(f"error: {line}", markup=False, soft_wrap=True, style="red")
+        stderr().print(
+            f"{'interrupted' if code == 130 else 'error'}: {line}", markup=False, soft_wrap=True, style="red"
+        )
         return code
     if code == 130:
         stderr().print("interrupted")

@@ -214,11 +214,12 @@ def command(
     overrides = input_overrides(input_size, mean, std, interpolation, crop_pct)
 
     from cbpq.cli.display import Display, show_plan
+    from cbpq.levels import level_set
     from cbpq.outputs import claim_output
     from cbpq.pipeline import execute
     from cbpq.planning import plan
 
-    folder = output or default_output(source, choices["constraint"])
+    folder = output or default_output(source, level_set(choices["constraint"]).name)
     if not dry_run:
         claim_output(folder, resume=resume, overwrite=overwrite)
     job = plan(
