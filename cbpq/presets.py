@@ -59,7 +59,7 @@ class Settings:
         0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
     )
     gradient_clip: float = _setting(1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none")
-    clamp: float = _setting(1.0, 1.0, "bound on a latent weight, 0 for none")
+    clamp: float = _setting(1.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
     lr_drop: float = _setting(0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
     # the end, and the way there
     batchnorm_batches: int = _setting(0, 100, "training batches to re-estimate BatchNorm statistics from at the end")
