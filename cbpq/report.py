@@ -101,6 +101,7 @@ class Report:
         return f"{name}: {self.constraint} weights by {self.method}, preset {self.preset}"
 
     def _sections(self, abbreviated: bool = False) -> list[Section]:
+        total = sum(row.parameters for row in self.layers) + sum(row.parameters for row in self.skipped)
         times = {name: sections.duration(value) for name, value in self.seconds.items()}
         facts = {
             "Data": self.data,
@@ -112,8 +113,8 @@ class Report:
         parts = [
             accuracy_section(self.quantized, self.original, self.comparison),
             size_section(self.sizes),
-            _layer_section(self.layers, abbreviated),
-            _skipped_section(self.skipped, sum(row.parameters for row in self.layers), abbreviated),
+            _layer_section(self.layers, total, abbreviated),
+            _skipped_section(self.skipped, total, abbreviated),
             _settings_section(self.settings),
         ]
         if abbreviated:
@@ -223,13 +224,13 @@ def _comparison_notes(comparison: Mapping[str, Any] | None) -> list[str]:
     return notes
 
 
-def _layer_section(layers: Sequence[LayerRow], abbreviated: bool) -> Section:
+def _layer_section(layers: Sequence[LayerRow], total: int, abbreviated: bool) -> Section:
     shown = list(layers)
     notes = ["error: ‖w − w₀‖ / ‖w₀‖, the constrained weight against the original one."] if layers else []
     if abbreviated and len(shown) > TERMINAL_ROWS:
         shown = sorted(shown, key=lambda row: -row.relative_error)[:ABBREVIATED_ROWS]
         notes.append(f"The {len(shown)} layers with the largest error, of {len(layers)}.")
-    numeric = ("weights", "bits", "error", "zeros", "CFS")
+    numeric = ("weights", "share", "bits", "error", "zeros", "CFS")
     columns = ["layer", "constraint", "shape", *numeric]
     rows = [
         [
@@ -237,6 +238,7 @@ def _layer_section(layers: Sequence[LayerRow], abbreviated: bool) -> Section:
             row.constraint,
             sections.shape(row.shape),
             sections.count(row.parameters),
+            sections.share(row.parameters / total),
             sections.significant(row.bits_per_weight),
             sections.number(row.relative_error, 3),
             sections.share(row.zeros),
@@ -250,25 +252,28 @@ def _layer_section(layers: Sequence[LayerRow], abbreviated: bool) -> Section:
     return Section("Layers", tuple(columns), rows, frozenset(numeric), frozenset(("layer",)), tuple(notes))
 
 
-def _skipped_section(skipped: Sequence[SkippedRow], constrained: int, abbreviated: bool) -> Section:
-    rows = []
+def _skipped_section(skipped: Sequence[SkippedRow], total: int, abbreviated: bool) -> Section:
+    def numbers(parameters: int) -> tuple[str, str]:
+        return sections.count(parameters), sections.share(parameters / total)
+
+    rows: list[tuple[str, ...]] = []
     for reason, group in _by_reason(skipped).items() if abbreviated else [("", list(skipped))]:
         if reason and len(group) > 2:
-            rows.append((f"{len(group)} of them", "", sections.count(sum(row.parameters for row in group)), reason))
+            rows.append((f"{len(group)} of them", "", *numbers(sum(row.parameters for row in group)), reason))
             continue
         rows += [
             (
                 row.name.removesuffix(".weight") if abbreviated else row.name,
                 sections.shape(row.shape),
-                sections.count(row.parameters),
+                *numbers(row.parameters),
                 row.reason,
             )
             for row in group
         ]
     left = sum(row.parameters for row in skipped)
-    notes = (f"Together {sections.share(left / (left + constrained))} of the parameters.",) if left else ()
-    columns = ("layer", "shape", "weights", "reason")
-    return Section("Left in float", columns, rows, frozenset(("weights",)), frozenset(("layer",)), notes)
+    notes = (f"Together {sections.share(left / total)} of the parameters.",) if left else ()
+    columns = ("layer", "shape", "weights", "share", "reason")
+    return Section("Left in float", columns, rows, frozenset(("weights", "share")), frozenset(("layer",)), notes)
 
 
 def _by_reason(skipped: Sequence[SkippedRow]) -> dict[str, list[SkippedRow]]:
