@@ -48,6 +48,7 @@ class Display:
         )
         self._task: TaskID | None = None
         self._numbers: dict[str, str] = {}
+        self._announced: set[str] = set()
         self._live = Live(self._screen(), console=console, refresh_per_second=4, transient=True)
         self._interactive = console.is_terminal and not console.quiet
         self._said_at = time.monotonic()
@@ -104,8 +105,9 @@ class Display:
             self._progress.remove_task(self._task)
         self._numbers = {}
         self._task = self._progress.add_task(phase.name, total=phase.steps or None)
-        if not self._interactive and phase.name != "training":
+        if not self._interactive and phase.name not in self._announced:
             note(self._console, f"{phase.name} …")
+            self._announced.add(phase.name)
 
     def _step(self, event: Step) -> None:
         assigned = {
