@@ -1,7 +1,8 @@
 """Images in a ``.npz`` file of the MedMNIST layout.
 
 ``train_images`` is uint8 of shape (N, H, W) for grey or (N, H, W, 3) for colour pictures, ``train_labels`` are whole
-numbers of shape (N,) or (N, 1); ``val_`` and ``test_`` likewise. Nothing in the file is ever unpickled.
+numbers of shape (N,) or (N, 1); ``val_`` and ``test_`` likewise. Images without labels are pictures without labels.
+Plain ``images`` and ``labels`` are the training split of a file that has no splits. Nothing is ever unpickled.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbpq.errors import DataError
-from cbpq.pictures import ArrayPictures, brief, one_line
+from cbpq.pictures import ArrayPictures, brief, no_labels, one_line
 
 _DAMAGE = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
 
@@ -27,7 +28,7 @@ class _Header:
 
 
 def split_names(path: Path) -> tuple[str, ...]:
-    """Those of ``train``, ``val`` and ``test`` whose images the file holds.
+    """Those of ``train``, ``val`` and ``test`` whose images the file holds; ``train`` for plain ``images``.
 
     Raises:
         DataError: no ``.npz`` file, or none of the splits in it.
@@ -38,56 +39,66 @@ def split_names(path: Path) -> tuple[str, ...]:
     except _DAMAGE as error:
         raise DataError(f"{one_line(path)} cannot be read as a .npz file ({brief(error)})") from error
     found = tuple(split for split in ("train", "val", "test") if f"{split}_images" in members)
+    if not found and "images" in members:
+        return ("train",)
     if not found:
         there = ", ".join(map(one_line, sorted(members)[:8])) or "nothing"
         raise DataError(
-            f"{one_line(path)} holds {there}; expected train_images, train_labels, and the same for val or test"
+            f"{one_line(path)} holds {there}; expected train_images, train_labels, and the same for val or test, or "
+            "just images"
         )
     return found
 
 
 def read_split(path: Path, split: str) -> ArrayPictures:
-    """Read the images and labels of one split; headers are checked before anything of their size is allocated.
+    """Read the images of one split, and its labels if there are any; headers are checked before anything of their size
+    is allocated.
 
     Raises:
         DataError: missing or damaged members, or shapes and types other than the module describes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            images_header = _header(archive, f"{split}_images")
-            if f"{split}_labels.npy" not in archive.namelist():
-                raise DataError(f"{one_line(path)} has {split}_images but no {split}_labels; labels are needed")
-            labels_header = _header(archive, f"{split}_labels")
-            _check(path, split, images_header, labels_header)
-            images, labels = _read(archive, f"{split}_images"), _read(archive, f"{split}_labels")
+            members = archive.namelist()
+            prefix = f"{split}_" if f"{split}_images.npy" in members else ""
+            name, labels_name = f"{prefix}images", f"{prefix}labels"
+            header = _header(archive, name)
+            _check_images(path, name, header)
+            labels = no_labels(header.shape[0])
+            if f"{labels_name}.npy" in members:
+                _check_labels(path, labels_name, _header(archive, labels_name), name, header.shape[0])
+                labels = _read(archive, labels_name)
+            images = _read(archive, name)
     except MemoryError as error:
-        raise DataError(f"{split}_images of {one_line(path)} does not fit into memory") from error
+        raise DataError(f"the images of the {split} split of {one_line(path)} do not fit into memory") from error
     except _DAMAGE as error:
         raise DataError(f"{one_line(path)} is damaged at its {split} split ({brief(error)})") from error
     labels = labels.reshape(-1)
     if labels.size and labels.max() > np.iinfo(np.int64).max:
-        raise DataError(f"{one_line(path)}: label {labels.max()} in {split}_labels is not a class number")
+        raise DataError(f"{one_line(path)}: label {labels.max()} in {labels_name} is not a class number")
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
-    return ArrayPictures(images, labels.astype(np.int64), split)
+    return ArrayPictures(images, labels.astype(np.int64), name)
 
 
-def _check(path: Path, split: str, images: _Header, labels: _Header) -> None:
+def _check_images(path: Path, name: str, images: _Header) -> None:
     where = one_line(path)
     if images.dtype != np.uint8:
-        raise DataError(f"{where}: {split}_images is {images.dtype}, expected uint8 (0 to 255)")
+        raise DataError(f"{where}: {name} is {images.dtype}, expected uint8 (0 to 255)")
     if not (len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))):
-        raise DataError(f"{where}: {split}_images has shape {images.shape}, expected (N, H, W) or (N, H, W, 3)")
+        raise DataError(f"{where}: {name} has shape {images.shape}, expected (N, H, W) or (N, H, W, 3)")
     if min(images.shape) == 0:
-        raise DataError(f"{where}: {split}_images is empty (shape {images.shape})")
+        raise DataError(f"{where}: {name} is empty (shape {images.shape})")
+
+
+def _check_labels(path: Path, name: str, labels: _Header, images_name: str, images: int) -> None:
+    where = one_line(path)
     if labels.dtype.kind not in "iu":
-        raise DataError(f"{where}: {split}_labels is {labels.dtype}, expected whole numbers")
+        raise DataError(f"{where}: {name} is {labels.dtype}, expected whole numbers")
     if len(labels.shape) not in (1, 2) or labels.shape[1:] not in ((), (1,)):
-        raise DataError(
-            f"{where}: {split}_labels has shape {labels.shape}, expected one label per image: (N,) or (N, 1)"
-        )
-    if labels.shape[0] != images.shape[0]:
-        raise DataError(f"{where}: {images.shape[0]} {split}_images but {labels.shape[0]} {split}_labels")
+        raise DataError(f"{where}: {name} has shape {labels.shape}, expected one label per image: (N,) or (N, 1)")
+    if labels.shape[0] != images:
+        raise DataError(f"{where}: {images} {images_name} but {labels.shape[0]} {name}")
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> _Header:

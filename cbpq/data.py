@@ -13,11 +13,13 @@ from cbpq.inputs import InputSpec
 from cbpq.loaders import Batch, EvalBatches, EvalLoader, PictureSource, Source, TensorSource, TrainBatches, TrainLoader
 from cbpq.pictures import ArrayPictures, are_grey, one_line
 from cbpq.readers import VAL_SPLITS, Reader, is_reader
-from cbpq.splits import Part, check_labels, choose, open_local, open_reader
+from cbpq.splits import CALIBRATION, Part, calibrating, check_labels, choose, open_local, open_reader
 from cbpq.streams import PictureStream, StreamEvalBatches, StreamTrainBatches
 from cbpq.transforms import Augment, Augmentation, Normalize
 
 __all__ = ["Augment", "Batch", "Data", "EvalLoader", "TrainLoader", "load_data"]
+
+FEW, ENOUGH = 100, 200  # pictures without labels
 
 
 @dataclass
@@ -25,14 +27,29 @@ class Data:
     """The loaders; ``train`` is None where only evaluation was asked for.
 
     ``describe`` holds JSON types and no absolute path: ``kind`` (folder, npz, reader, stream), ``train_split`` and
-    ``val_split`` in words, ``train_images``, ``val_images``, ``classes`` (of the network), ``held_out_share``,
-    ``augmentation`` in words, ``skipped_images`` (names) and ``notes``.
+    ``val_split`` in words, ``train_images``, ``val_images``, ``train_labels`` and ``val_labels`` (whether there are
+    any), ``classes`` (of the network), ``held_out_share``, ``augmentation`` in words, ``skipped_images`` (names) and
+    ``notes``.
+
+    ``calibration`` shows training pictures as they are for evaluation, in a fixed order: all of them if they have no
+    labels, else a few of every class. It is None without training pictures, and for streams.
     """
 
     train: TrainLoader | None
     val: EvalLoader
     classes: int
     describe: dict[str, Any]
+    calibration: EvalLoader | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the training pictures have labels; False if there are none."""
+        return bool(self.describe["train_labels"])
+
+    @property
+    def val_labelled(self) -> bool:
+        """Whether the validation pictures have labels."""
+        return bool(self.describe["val_labels"])
 
 
 def load_data(
@@ -49,6 +66,7 @@ def load_data(
     augment: Augment = "auto",
     val_from_train: float | None = None,
     limit_train: int | None = None,
+    calibration: int | None = None,
 ) -> Data:
     """Open ``path`` for a network of ``num_classes`` outputs that takes ``spec``.
 
@@ -57,9 +75,15 @@ def load_data(
     validation split, training holds a tenth of the training pictures out for it, of every class alike and always the
     same for a seed; evaluation alone takes all pictures.
 
+    A split has labels or not: a folder with pictures directly in it has none, nor do arrays of images alone; the label
+    of such pictures is ``NO_LABEL``. Training then uses ``calibration`` of them (by default 1024, or all there are),
+    random ones, always the same for a seed. At most 1000 are held out, and of fewer than 20 none: they are the
+    validation pictures as well.
+
     ``training=False`` opens only what evaluation needs. ``val_from_train`` holds out that share of the training
     pictures even where there is a validation split, which then is not touched. ``limit_train`` takes so many of the
-    (remaining) training pictures, of every class its share. ``skip_bad_images`` decodes every picture once in advance,
+    (remaining) training pictures, of every class its share. Of labelled pictures, ``calibration`` only says how many
+    ``Data.calibration`` shows. ``skip_bad_images`` decodes every picture once in advance,
     in ``workers`` threads, and leaves out those that cannot be read.
 
     Raises:
@@ -74,6 +98,8 @@ def load_data(
         raise UsageError(f"cannot hold a share of {val_from_train} out of the training pictures; give 0.1, say")
     if limit_train is not None and limit_train < 1:
         raise UsageError(f"{limit_train} training pictures are too few; give 1 or more")
+    if calibration is not None and calibration < 1:
+        raise UsageError(f"{calibration} calibration pictures are too few; give 1 or more")
     if spec.channels not in (1, 3):
         raise UsageError(f"the network takes {spec.channels} channels; pictures have 1 or 3")
 
@@ -87,11 +113,22 @@ def load_data(
         return _load_stream(reader, spec, num_classes, batch_size, seed, training, augment, limit_train)
 
     splits = open_reader(reader, spec) if reader is not None else open_local(local, num_classes, class_map)
-    chosen = choose(splits, num_classes, training=training, val_from_train=val_from_train, limit=limit_train, seed=seed)
+    count = CALIBRATION if calibration is None else calibration
+    chosen = choose(
+        splits,
+        num_classes,
+        training=training,
+        val_from_train=val_from_train,
+        limit=limit_train,
+        calibration=count,
+        seed=seed,
+    )
     train, val, skipped = chosen.train, chosen.val, list[str]()
     if skip_bad_images:
         val, skipped = _readable(val, workers, f"{splits.title}, {chosen.val_split}")
-        if train is not None:
+        if train is chosen.val:
+            train = val
+        elif train is not None:
             train, more = _readable(train, workers, f"{splits.title}, {splits.train_name}")
             skipped = sorted(skipped + more)
             check_labels(train.labels, num_classes, f"{splits.title}, {splits.train_name}")
@@ -99,10 +136,16 @@ def load_data(
     normalize = Normalize(spec)
     augmentation = Augmentation()
     train_loader: TrainLoader | None = None
+    calibration_loader: EvalLoader | None = None
+    notes = list(splits.notes)
     if train is not None:
         augmentation = Augmentation.choose(augment, spec, are_grey(train.pictures, train.indices))
         train_source = _source(train, spec, workers, seed, augmentation)
         train_loader = TrainBatches(train_source, normalize, augmentation, batch_size=batch_size, seed=seed)
+        calibration_source = _source(calibrating(train, count, seed), spec, workers, seed, Augmentation())
+        calibration_loader = EvalBatches(calibration_source, normalize, batch_size=batch_size)
+        if not train.labelled and len(train.indices) < FEW:
+            notes.append(_few(len(train.indices)))
     val_loader = EvalBatches(_source(val, spec, workers, seed, Augmentation()), normalize, batch_size=batch_size)
     describe = _describe(
         splits.kind,
@@ -112,10 +155,20 @@ def load_data(
         splits.train_name,
         chosen.val_split,
         augmentation,
-        splits.notes,
+        notes,
     )
-    describe |= {"held_out_share": chosen.share, "skipped_images": skipped}
-    return Data(train_loader, val_loader, num_classes, describe)
+    describe |= {
+        "train_labels": train.labelled if train is not None else None,
+        "val_labels": val.labelled,
+        "held_out_share": chosen.share,
+        "skipped_images": skipped,
+    }
+    return Data(train_loader, val_loader, num_classes, describe, calibration_loader)
+
+
+def _few(images: int) -> str:
+    pictures = "1 picture" if images == 1 else f"{images} pictures"
+    return f"only {pictures} without labels: expect clearly less than with {ENOUGH} or more"
 
 
 def _readable(part: Part, threads: int, where: str) -> tuple[Part, list[str]]:
@@ -184,8 +237,10 @@ def _describe(
         "classes": classes,
         "train_split": train_split if train is not None else None,
         "train_images": train.images if train is not None else None,
+        "train_labels": True if train is not None else None,
         "val_split": val_split,
         "val_images": val.images,
+        "val_labels": True,
         "held_out_share": None,
         "augmentation": str(augmentation) if train is not None else None,
         "skipped_images": [],

@@ -1,4 +1,6 @@
-"""Folders of pictures: one folder per class, perhaps below ``train`` and ``val``, and the class map."""
+"""Folders of pictures: one folder per class, or pictures without labels directly in the folder; either perhaps below
+``train`` and ``val``. And the class map.
+"""
 
 import json
 import os
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cbpq.errors import DataError, UsageError
-from cbpq.pictures import FolderPictures, brief, one_line
+from cbpq.pictures import FolderPictures, brief, no_labels, one_line
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "test")
@@ -20,22 +22,32 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", 
 class ImageFolders:
     """The splits of a data folder.
 
-    ``train`` and ``val`` are the folders that hold class folders, None if there is no such split; a folder of class
-    folders is ``whole`` instead. ``classes`` maps the name of a class folder to its label.
+    ``train`` and ``val`` are the folders of the splits, None if there is no such split; a folder without splits is
+    ``whole`` instead. Each holds class folders, or pictures without labels directly: those that do are ``flat``.
+    ``classes`` maps the name of a class folder to its label.
     """
 
     def __init__(self, root: Path, num_classes: int, class_map: Path | None = None) -> None:
         below = {folder.name.lower(): folder for folder in _subfolders(root)}
         self.root = root
-        self.train = _split(below, TRAIN_NAMES)
-        self.val = _split(below, VAL_NAMES)
+        flat_splits = _may_hold_flat_splits(root, below)
+        self.train = _split(below, TRAIN_NAMES, flat_splits)
+        self.val = _split(below, VAL_NAMES, flat_splits)
         self.whole = root if self.train is None and self.val is None else None
         self.notes: list[str] = []
+        if self.whole and not _holds_pictures(root):
+            what = "no pictures" if below else "no class folders and no pictures"
+            raise DataError(f"{one_line(root)} has {what} in it; looked for {', '.join(EXTENSIONS)}")
+        there = [folder for folder in (self.train, self.val, self.whole) if folder is not None]
+        self.flat = [folder for folder in there if _is_flat(folder)]
         # the training folder is the complete one; a small val split may lack classes
-        self._named = [folder.name for folder in _subfolders(self.train or self.val or root)]
-        if not self._named:
-            raise DataError(f"{one_line(root)} has no class folders; one folder of pictures per class is expected")
-        self.classes = self._from_map(class_map, num_classes) if class_map else self._from_names(root, num_classes)
+        labelled = next((folder for folder in there if folder not in self.flat), None)
+        self.classes: dict[str, int] = {}
+        if labelled is None and class_map:
+            raise UsageError(f"a class map names class folders, but {one_line(root)} has none; leave the class map out")
+        if labelled is not None:
+            self._named = [folder.name for folder in _subfolders(labelled)]
+            self.classes = self._from_map(class_map, num_classes) if class_map else self._from_names(root, num_classes)
 
     def pictures(self, folder: Path) -> FolderPictures:
         """All pictures of a split, by class folder and then by name.
@@ -43,6 +55,9 @@ class ImageFolders:
         Raises:
             DataError: a class folder without a label, or no picture at all.
         """
+        if folder in self.flat:
+            direct = [str((folder / name).relative_to(self.root)) for name in _pictures_in(folder)]
+            return FolderPictures(self.root, direct, no_labels(len(direct)))
         files: list[str] = []
         labels: list[int] = []
         for class_folder in _subfolders(folder):
@@ -61,7 +76,10 @@ class ImageFolders:
     def _from_names(self, root: Path, num_classes: int) -> dict[str, int]:
         names = sorted(self._named)  # the order of torchvision's ImageFolder
         if len(names) == 1:
-            raise DataError(f"{one_line(root)} has one class only ({one_line(names[0])}); two or more are needed")
+            raise DataError(
+                f"{one_line(root)} has one class only ({one_line(names[0])}); two or more are needed; for pictures "
+                "without labels give the folder that holds them directly"
+            )
         if len(names) != num_classes:
             raise DataError(
                 f"{one_line(root)} has {len(names)} class folders, the network tells {num_classes} classes apart; "
@@ -146,9 +164,45 @@ def _parts(name: str) -> list[str]:
     return re.split(r"(\d+)", name)
 
 
-def _split(below: Mapping[str, Path], names: tuple[str, ...]) -> Path | None:
-    """The first folder with one of the names that itself holds folders: a class may well be called 'train'."""
-    return next((below[name] for name in names if name in below and _subfolders(below[name])), None)
+def _may_hold_flat_splits(root: Path, below: Mapping[str, Path]) -> bool:
+    """Whether ``train`` with nothing but pictures in it is a split of ``root``: a class may well be called 'train'.
+
+    It is one beside a split with class folders, or if there are no pictures elsewhere.
+    """
+    splits = [below[name] for name in (*TRAIN_NAMES, *VAL_NAMES) if name in below]
+    if any(_subfolders(split) for split in splits):
+        return True
+    others = (folder for folder in below.values() if folder not in splits)
+    return bool(splits) and not _pictures_in(root) and not any(map(_holds_pictures, others))
+
+
+def _split(below: Mapping[str, Path], names: tuple[str, ...], flat: bool) -> Path | None:
+    """The first folder with one of the names that itself holds folders or, if it may be ``flat``, pictures."""
+    there = (below[name] for name in names if name in below)
+    return next((folder for folder in there if _subfolders(folder) or (flat and _pictures_in(folder))), None)
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether pictures lie directly in the folder.
+
+    Raises:
+        DataError: and in folders below it as well, so that they might have labels or not.
+    """
+    direct = _pictures_in(folder)
+    if not direct:
+        return False
+    mixed = next((below for below in _subfolders(folder) if _holds_pictures(below)), None)
+    if mixed is not None:
+        raise DataError(
+            f"{one_line(folder)} has pictures directly in it ({one_line(direct[0])}) and class folders with pictures "
+            f"({one_line(mixed.name)}); keep pictures with and without labels in different folders"
+        )
+    return True
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether there is a picture in the folder, at any depth."""
+    return next(_files(folder, ""), None) is not None
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -163,15 +217,24 @@ def _files(folder: Path, prefix: str, seen: frozenset[str] = frozenset()) -> Ite
     real = os.path.realpath(folder)
     if real in seen:  # a link that leads back to a folder above
         return
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{one_line(folder)} cannot be listed ({error.strerror}); check its permissions") from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
+    for entry in _entries(folder):
         path = f"{prefix}{os.sep}{entry.name}"
         if os.path.isdir(entry.path):  # entry.is_dir() raises for a link to itself
             yield from _files(folder / entry.name, path, seen | {real})
         elif entry.name.lower().endswith(EXTENSIONS):
             yield path
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """The names of the picture files directly in the folder, in order."""
+    files = (entry for entry in _entries(folder) if entry.name.lower().endswith(EXTENSIONS))
+    return [entry.name for entry in files if not os.path.isdir(entry.path)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What the folder holds, by name, without what is hidden."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{one_line(folder)} cannot be listed ({error.strerror}); check its permissions") from error
+    return sorted(entries, key=lambda entry: entry.name)

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from cbpq.errors import DataError
 
 GREY_MODES = ("1", "L", "LA", "La")
+NO_LABEL = -1  # stands where a picture has no label; a set of pictures has labels throughout or not at all
 _REPLACE = "replace it, or leave such pictures out with --skip-bad-images"
 
 
@@ -22,7 +23,10 @@ class UnreadablePictureError(DataError):
 
 
 class Pictures(Protocol):
-    """Labelled pictures in a fixed order. Worker processes get a copy, so it must be possible to pickle it."""
+    """Pictures in a fixed order. Worker processes get a copy, so it must be possible to pickle it.
+
+    ``labels`` are all ``NO_LABEL`` for pictures without labels.
+    """
 
     labels: NDArray[np.int64]
 
@@ -67,8 +71,8 @@ class FolderPictures:
 class ArrayPictures:
     """Pictures of one size in one array (N, H, W) or (N, H, W, 3) of uint8."""
 
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], split: str) -> None:
-        self.images, self.labels, self._split = images, labels, split
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], array: str) -> None:
+        self.images, self.labels, self._array = images, labels, array
 
     @property
     def channels(self) -> int:
@@ -81,7 +85,7 @@ class ArrayPictures:
 
     def name(self, index: int) -> str:
         """The array's name and the row."""
-        return f"{self._split}_images[{index}]"
+        return f"{self._array}[{index}]"
 
 
 class DatasetPictures:
@@ -147,6 +151,16 @@ def with_channels(picture: Image.Image, channels: int, name: str) -> Image.Image
             f"{name} has 3 channels (mode {picture.mode}), the network takes 1; convert the pictures to grey first"
         )
     return picture.convert("L")
+
+
+def no_labels(count: int) -> NDArray[np.int64]:
+    """The labels of ``count`` pictures without labels."""
+    return np.full(count, NO_LABEL, dtype=np.int64)
+
+
+def have_labels(labels: NDArray[np.int64]) -> bool:
+    """Whether these are labels, and not ``NO_LABEL`` throughout."""
+    return bool((labels != NO_LABEL).any())
 
 
 def are_grey(pictures: Pictures, indices: NDArray[np.int64], count: int = 8) -> bool:

@@ -12,12 +12,16 @@ from cbpq import arrays
 from cbpq.errors import DataError, UsageError
 from cbpq.folders import ImageFolders
 from cbpq.inputs import InputSpec
-from cbpq.pictures import Pictures, find_unreadable, one_line
+from cbpq.pictures import Pictures, find_unreadable, have_labels, one_line
 from cbpq.readers import VAL_SPLITS, Reader
 
 Indices = NDArray[np.int64]
 
 HELD_OUT = 0.1  # share of the training pictures that stands in for a missing validation split
+# for training pictures without labels
+CALIBRATION = 1024  # how many of them are used
+MOST_HELD_OUT = 1000
+LEAST_TO_HOLD_OUT = 20  # of fewer pictures none is held out
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,17 @@ class Part:
         """Their labels."""
         return self.pictures.labels[self.indices]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether they have labels."""
+        return have_labels(self.labels)
+
+    def sample(self, count: int, generator: np.random.Generator) -> "Part":
+        """``count`` random ones, of every class its share; all if there are not more."""
+        if count >= len(self.indices):
+            return self
+        return self.only(np.flatnonzero(stratified(self.labels, count, generator)))
+
     def only(self, positions: Indices) -> "Part":
         """Those at ``positions`` of this part."""
         return Part(self.pictures, self.indices[positions])
@@ -58,7 +73,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The parts to use; ``val_split`` says in words what ``val`` is, ``share`` how much of train it was held out of."""
+    """The parts to use; ``val_split`` says in words what ``val`` is, ``share`` how much of train it was held out of.
+
+    ``val`` is ``train`` itself where there are too few pictures to hold some out.
+    """
 
     train: Part | None
     val: Part
@@ -82,7 +100,7 @@ def open_local(path: str, num_classes: int, class_map: Path | None) -> Splits:
             title,
             (lambda: folders.pictures(train)) if train else None,
             (lambda: folders.pictures(val)) if val else None,
-            "the class folders" if folders.whole else train.name if train else "",
+            _name_of_whole(folders) if folders.whole else train.name if train else "",
             val.name if val else "",
             folders.notes,
         )
@@ -100,6 +118,10 @@ def open_local(path: str, num_classes: int, class_map: Path | None) -> Splits:
         "train",
         val_name,
     )
+
+
+def _name_of_whole(folders: ImageFolders) -> str:
+    return "the pictures" if folders.whole in folders.flat else "the class folders"
 
 
 def open_reader(reader: Reader, spec: InputSpec) -> Splits:
@@ -123,9 +145,17 @@ def open_reader(reader: Reader, spec: InputSpec) -> Splits:
 
 
 def choose(
-    splits: Splits, num_classes: int, *, training: bool, val_from_train: float | None, limit: int | None, seed: int
+    splits: Splits,
+    num_classes: int,
+    *,
+    training: bool,
+    val_from_train: float | None,
+    limit: int | None,
+    calibration: int,
+    seed: int,
 ) -> Chosen:
-    """Pick what to train on and what to validate with; the same for the same seed.
+    """Pick what to train on and what to validate with; the same for the same seed. Of training pictures without labels,
+    ``calibration`` are picked.
 
     Raises:
         DataError: a split that is needed is missing, or its labels do not fit the network.
@@ -142,12 +172,29 @@ def choose(
         train = _train(splits, num_classes)
         if share is None:
             return Chosen(None, train, f"{splits.train_name} (there is no other split)", None)
+        val_split = f"{100 * share:g} % held out of {splits.train_name}"
+        if val_from_train is None and not train.labelled:
+            if len(train.indices) < LEAST_TO_HOLD_OUT:
+                few = _fewer(train, limit, calibration, seed)
+                return Chosen(few, few, "the calibration pictures themselves", None)
+            if share * len(train.indices) > MOST_HELD_OUT:
+                share = MOST_HELD_OUT / len(train.indices)
+                val_split = f"{MOST_HELD_OUT} pictures held out of {splits.train_name}"
         kept, held_out = hold_out(train.labels, share, np.random.default_rng([seed, 1]))
         val, train = train.only(held_out), train.only(kept)
-        val_split = f"{100 * share:g} % held out of {splits.train_name}"
-    if limit is not None and limit < len(train.indices):
-        train = train.only(np.flatnonzero(stratified(train.labels, limit, np.random.default_rng([seed, 2]))))
-    return Chosen(train if training else None, val, val_split, share)
+    return Chosen(_fewer(train, limit, calibration, seed) if training else None, val, val_split, share)
+
+
+def _fewer(train: Part, limit: int | None, calibration: int, seed: int) -> Part:
+    """The training pictures to use."""
+    if limit is not None:
+        train = train.sample(limit, np.random.default_rng([seed, 2]))
+    return train if train.labelled else calibrating(train, calibration, seed)
+
+
+def calibrating(train: Part, count: int, seed: int) -> Part:
+    """``count`` of the training pictures; always the same ones for a seed."""
+    return train.sample(count, np.random.default_rng([seed, 3]))
 
 
 def _train(splits: Splits, num_classes: int) -> Part:
@@ -162,11 +209,13 @@ def _checked(pictures: Pictures, num_classes: int, where: str) -> Part:
 
 
 def check_labels(labels: NDArray[np.int64], num_classes: int, where: str) -> None:
-    """Refuse labels that the network has no output for, and sets of one class.
+    """Refuse labels that the network has no output for, and sets of one class; no labels at all are right.
 
     Raises:
         DataError: naming the label and the number of classes.
     """
+    if not have_labels(labels):
+        return
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if len(outside):
         raise misfit(int(outside[0]), num_classes, where)

@@ -479,8 +479,10 @@ def test_splits_of_a_folder(folder: Path) -> None:
         "classes": 3,
         "train_split": "train",
         "train_images": 23,
+        "train_labels": True,
         "val_split": "val",
         "val_images": 7,
+        "val_labels": True,
         "held_out_share": None,
         "augmentation": "shift by up to 2 pixels (black outside), horizontal flip",
         "skipped_images": [],
@@ -665,7 +667,9 @@ def test_empty_folders(tmp_path: Path) -> None:
     def load() -> Data:
         return load_data(str(tmp_path), SMALL, 2, batch_size=4)
 
-    assert "no class folders" in refused(DataError, load)
+    message = refused(DataError, load)
+    assert "no class folders and no pictures" in message
+    assert ".jpg" in message
     make_folder(tmp_path, {"a": 0, "b": 0})
     assert "no pictures" in refused(DataError, load)
     (tmp_path / "a" / "x.txt").write_text("no picture")
@@ -899,7 +903,7 @@ def damaged_npz() -> dict[str, bytes]:
         "truncated": whole[: len(whole) // 2],
         "flipped": bytes(flipped),
         "another file": build(weights=images),
-        "no labels": build(train_images=images),
+        "no images": build(train_labels=labels),
         "no npy": build(train_images=b"junk", train_labels=labels),
         "short member": build(train_images=images[:-5], train_labels=labels),
         "long member": build(train_images=images + b"12345", train_labels=labels),
