@@ -186,6 +186,30 @@ class TrainBatches:
             yield Batch(self._normalize(shifted), self._labels[torch.from_numpy(samples)])
 
 
+class RepeatedBatches:
+    """A training loader whose every epoch is ``passes`` epochs of another one, one after the other."""
+
+    def __init__(self, inner: TrainLoader, passes: int) -> None:
+        if passes < 1:
+            raise UsageError(f"{passes} passes over the training pictures are too few; give 1 or more")
+        self._inner, self._passes = inner, passes
+
+    @property
+    def images(self) -> int:
+        """Number of images the inner loader draws from."""
+        return self._inner.images
+
+    def __len__(self) -> int:
+        return self._passes * len(self._inner)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """See `TrainLoader.epoch`."""
+        check_position(number, start)
+        first, start = divmod(start, len(self._inner))
+        for index in range(first, self._passes):
+            yield from self._inner.epoch(number * self._passes + index, start if index == first else 0)
+
+
 class EvalBatches:
     """The evaluation loader over a source."""
 
