@@ -70,7 +70,7 @@ def evaluate(
     Args:
         source: a cbpq file, or any source ``cbpq.models.load_model`` takes.
         data: see ``cbpq.data.load_data``, like ``class_map`` and ``skip_bad_images``.
-        against: the original, measured too and compared image by image.
+        against: the original, measured too and compared image by image. Pictures without labels need it.
         weights: weights for the network that is a name or a function: ``source``, or ``against`` if ``source`` is a
             cbpq file, which holds its own; so too ``pretrained``.
         arch: the architecture of a weight file that does not tell, or the function that makes a cbpq file's network.
@@ -104,6 +104,8 @@ def evaluate(
         return opened.val, opened.describe
 
     loader, describe = images(first)
+    if second is None and not describe["val_labels"]:
+        raise UsageError(f"the pictures in {data} have no labels to measure accuracy with; add --against SOURCE")
     loaders = [loader]
     if second is not None:
         same = second.info.input_spec == first.info.input_spec

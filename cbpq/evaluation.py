@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cbpq.data import EvalLoader
 from cbpq.errors import CbpqError, DataError, UsageError
 from cbpq.models import logits
+from cbpq.pictures import NO_LABEL
 from cbpq.splits import misfit
 from cbpq.tracing import untouched
 
@@ -30,7 +31,8 @@ class Predictions:
 
     ``labels`` and ``classes`` (N,) int64 are the true and the predicted class, ``in_top5`` (N,) bool says whether the
     true class is among the five highest outputs (None for networks of fewer than five classes), ``losses`` (N,)
-    float64 are cross-entropies, ``seconds`` is the time it took, reading the images included.
+    float64 are cross-entropies, ``seconds`` is the time it took, reading the images included. Of images without labels
+    all ``labels`` are ``NO_LABEL``, ``in_top5`` is None and the losses are NaN.
     """
 
     labels: Tensor
@@ -38,6 +40,11 @@ class Predictions:
     in_top5: Tensor | None
     losses: Tensor
     seconds: float
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool((self.labels != NO_LABEL).any())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint."""
@@ -56,15 +63,15 @@ class Comparison:
     ``agreement`` is the share of images, in percent, for which both say the same class. Of the images that exactly one
     of them has right, ``only_model_right`` and ``only_reference_right`` are the numbers, and ``mcnemar_p`` is the
     exact two-sided probability of a split at least as uneven if both were equally good. ``drop`` is the reference's
-    top-1 minus the network's, in points.
+    top-1 minus the network's, in points. Of images without labels only the agreement is known.
     """
 
     agreement: float
     agreement_interval: Interval
-    mcnemar_p: float
-    only_model_right: int
-    only_reference_right: int
-    drop: float
+    mcnemar_p: float | None
+    only_model_right: int | None
+    only_reference_right: int | None
+    drop: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -76,15 +83,16 @@ class Evaluation:
     """Accuracies in percent and the mean cross-entropy, each with its 95 % interval.
 
     Accuracies have Wilson's interval, the loss the normal interval of a mean (None for a single image), cut off at 0.
+    All of them are None for images without labels.
     ``top5`` is None for networks of fewer than five classes. With a reference, ``reference`` holds its own evaluation.
     """
 
     images: int
-    top1: float
-    top1_interval: Interval
+    top1: float | None
+    top1_interval: Interval | None
     top5: float | None
     top5_interval: Interval | None
-    loss: float
+    loss: float | None
     loss_interval: Interval | None
     images_per_second: float
     predictions: Predictions = field(repr=False, compare=False)
@@ -135,11 +143,12 @@ def predict(
 
     Raises:
         CbpqError: outputs that are not (images, classes), or not finite.
-        DataError: no images, or a label the network has no output for.
+        DataError: no images, a label the network has no output for, or labels for some of the images only.
     """
     target = torch.device(device)
     labels, classes, in_top5, losses = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     count = 0
+    labelled: bool | None = None  # the first batch tells
     started = time.perf_counter()
     # no_grad, not inference_mode: tensors a network keeps (position tables, say) must stay usable for training
     with untouched(model), torch.no_grad():
@@ -148,12 +157,17 @@ def predict(
                 output = logits(model(batch.images.to(target)))
             # on the CPU in float64: exact enough to sum, and the same code for devices that have no float64
             scores = output.float().cpu().double()
-            _check(scores, batch.labels, count)
+            if labelled is None:
+                labelled = bool((batch.labels != NO_LABEL).any())
+            _check(scores, batch.labels, count, labelled)
             count += len(batch.labels)
             labels.append(batch.labels)
             classes.append(scores.argmax(1))  # the first of equal ones
-            losses.append(nn.functional.cross_entropy(scores, batch.labels, reduction="none"))
-            if scores.shape[1] >= TOP:
+            if labelled:
+                losses.append(nn.functional.cross_entropy(scores, batch.labels, reduction="none"))
+            else:
+                losses.append(scores.new_full((len(scores),), math.nan))
+            if labelled and scores.shape[1] >= TOP:
                 in_top5.append(rank(scores, batch.labels) < TOP)
             if on_batch is not None:
                 on_batch()
@@ -171,6 +185,19 @@ def predict(
 def summarize(predictions: Predictions, reference: Predictions | None = None) -> Evaluation:
     """Turn predictions into accuracies with intervals; with a ``reference``, compare as well."""
     count = len(predictions.labels)
+    images_per_second = count / max(predictions.seconds, 1e-9)
+    first = None if reference is None else summarize(reference)
+    comparison = None if reference is None else compare(predictions, reference)
+    if not predictions.labelled:
+        unknown = dict.fromkeys(("top1", "top1_interval", "top5", "top5_interval", "loss", "loss_interval"))
+        return Evaluation(
+            images=count,
+            **unknown,
+            images_per_second=images_per_second,
+            predictions=predictions,
+            reference=first,
+            comparison=comparison,
+        )
     right = int((predictions.classes == predictions.labels).sum())
     right5 = None if predictions.in_top5 is None else int(predictions.in_top5.sum())
     return Evaluation(
@@ -181,10 +208,10 @@ def summarize(predictions: Predictions, reference: Predictions | None = None) ->
         top5_interval=None if right5 is None else wilson_interval(right5, count),
         loss=float(predictions.losses.mean()),
         loss_interval=mean_interval(predictions.losses),
-        images_per_second=count / max(predictions.seconds, 1e-9),
+        images_per_second=images_per_second,
         predictions=predictions,
-        reference=None if reference is None else summarize(reference),
-        comparison=None if reference is None else compare(predictions, reference),
+        reference=first,
+        comparison=comparison,
     )
 
 
@@ -198,12 +225,15 @@ def compare(model: Predictions, reference: Predictions) -> Comparison:
         raise UsageError("two networks can be compared only on the same images in the same order")
     count = len(model.labels)
     same = int((model.classes == reference.classes).sum())
+    agreement, interval = 100 * same / count, wilson_interval(same, count)
+    if not model.labelled:
+        return Comparison(agreement, interval, None, None, None, None)
     model_right, reference_right = model.classes == model.labels, reference.classes == reference.labels
     only_model = int((model_right & ~reference_right).sum())
     only_reference = int((reference_right & ~model_right).sum())
     return Comparison(
-        agreement=100 * same / count,
-        agreement_interval=wilson_interval(same, count),
+        agreement=agreement,
+        agreement_interval=interval,
         mcnemar_p=mcnemar(only_model, only_reference),
         only_model_right=only_model,
         only_reference_right=only_reference,
@@ -257,11 +287,13 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return min(1.0, 2 * total / (1 << n))
 
 
-def _check(scores: Tensor, labels: Tensor, before: int) -> None:
+def _check(scores: Tensor, labels: Tensor, before: int, labelled: bool) -> None:
     if scores.ndim != 2 or len(scores) != len(labels):
         raise CbpqError(f"the network's output has shape {tuple(scores.shape)}, expected ({len(labels)}, classes)")
     outside = labels[(labels < 0) | (labels >= scores.shape[1])]
-    if len(outside):
+    if not labelled and (labels != NO_LABEL).any():
+        raise DataError("some images of the evaluation have labels and some have none; evaluate them separately")
+    if labelled and len(outside):
         raise misfit(int(outside[0]), scores.shape[1], "evaluation")
     bad = ~scores.isfinite().all(1)
     if bad.any():

@@ -243,7 +243,8 @@ class _Execution:
     def _measure(self, which: str, network: nn.Module) -> Predictions:
         with self._phase("measuring", len(self.val)):
             predictions = predict(network, self.val, self.job.device, amp=self.job.amp, on_batch=self._tick)
-        self._emit(Evaluated(which, summarize(predictions).to_dict()))
+        compared = None if predictions.labelled or which == "original" else self.original
+        self._emit(Evaluated(which, summarize(predictions, compared).to_dict()))
         return predictions
 
     @contextlib.contextmanager

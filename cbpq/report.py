@@ -46,8 +46,9 @@ class Report:
 
     ``settings`` maps a setting to ``{"value": …, "from": …}``; ``original`` and ``quantized`` are evaluations
     (``images``, ``top1``, ``top1_interval``, ``top5`` …), ``comparison`` holds ``agreement``, ``agreement_interval``,
-    ``mcnemar_p`` and ``drop`` in points of top-1; ``sizes`` holds ``float32_bytes``, ``file_bytes``, ``codes_bytes``,
-    ``entropy_bytes``, ``bits_per_weight`` and ``constrained_share``.
+    ``mcnemar_p`` and ``drop`` in points of top-1; for pictures without labels only the agreement is known. ``sizes``
+    holds ``float32_bytes``, ``file_bytes``, ``codes_bytes``, ``entropy_bytes``, ``bits_per_weight`` and
+    ``constrained_share``.
     """
 
     command: str
@@ -130,7 +131,11 @@ def accuracy_section(
     comparison: Mapping[str, Any] | None = None,
     name: str = "quantized",
 ) -> Section:
-    """Top-1, top-5 and loss with their intervals, the network called ``name`` beside the original."""
+    """Top-1, top-5 and loss with their intervals, the network called ``name`` beside the original; for pictures without
+    labels, the agreement of the two.
+    """
+    if quantized and "top1" in quantized and quantized["top1"] is None:
+        return _agreement_section(quantized, comparison)
     results = {label: result for label, result in (("original", original), (name, quantized)) if result}
     rows = []
     for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
@@ -145,6 +150,16 @@ def accuracy_section(
     columns = ("", *results, *(["difference"] if len(results) == 2 else []))
     notes = [_images_note(results)] if results else []
     return Section("Accuracy", columns, rows, frozenset(columns[1:]), notes=(*notes, *_comparison_notes(comparison)))
+
+
+def _agreement_section(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> Section:
+    agreement = sections.percent((comparison or {}).get("agreement"), (comparison or {}).get("agreement_interval"))
+    notes = (
+        f"{sections.count(result.get('images'))} images; in brackets the 95 % interval.",
+        "Accuracy is not known, since the pictures have no labels.",
+    )
+    rows = [("same answer as the original", agreement)]
+    return Section("Agreement", ("", "share"), rows, frozenset(("share",)), notes=notes)
 
 
 def size_section(sizes: Mapping[str, Any]) -> Section:

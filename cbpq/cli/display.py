@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -91,8 +92,7 @@ class Display:
             window = f", window {_window(event.window)}" if event.window is not None else ""
             note(self._console, f"{text}{window}, {event.seconds:.0f} s")
         elif isinstance(event, Evaluated):
-            top1 = percent(event.result["top1"], interval=event.result["top1_interval"])
-            note(self._console, f"{event.which}: top-1 {top1}")
+            note(self._console, f"{event.which}: {_goodness(event.result)}")
         elif isinstance(event, Resumed):
             note(self._console, f"going on after {event.epoch} epochs and {event.step} steps")
         elif isinstance(event, Saved):
@@ -130,6 +130,16 @@ class Display:
     def _screen(self) -> Group:
         numbers = Text("   ".join(f"{name} {text}" for name, text in self._numbers.items()), style="dim")
         return Group(self._progress, numbers)
+
+
+def _goodness(result: Mapping[str, Any]) -> str:
+    """How good a measured network is, in a few words."""
+    if result["top1"] is not None:
+        return f"top-1 {percent(result['top1'], interval=result['top1_interval'])}"
+    comparison = result.get("comparison")
+    if comparison is None:
+        return f"{result['images']} pictures without labels"
+    return f"agreement {percent(comparison['agreement'], interval=comparison['agreement_interval'])}"
 
 
 def _window(window: float) -> str:
