@@ -17,7 +17,7 @@ from cbpq.layers import LayerChoice, choose_layers
 from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
-from cbpq.presets import Resolved, resolve
+from cbpq.presets import Resolved, Settings, resolve
 
 FREE_SETTINGS = ("checkpoint_minutes", "evaluate_every")  # they do not change the result
 
@@ -79,6 +79,7 @@ def plan(
     augment: Augment = "auto",
     val_from_train: float | None = None,
     limit_train: int | None = None,
+    calibration: int | None = None,
     workers: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -93,7 +94,7 @@ def plan(
 
     Args:
         source: see ``cbpq.models.load_model``, like ``weights``, ``arch``, ``pretrained`` and ``input_overrides``.
-        data: see ``cbpq.data.load_data``, like ``class_map`` and the four after it. None makes a plan that can only be
+        data: see ``cbpq.data.load_data``, like ``class_map`` and the five after it. None makes a plan that can only be
             shown.
         constraint: see ``cbpq.levels.level_set``.
         method: see ``cbpq.methods``.
@@ -144,7 +145,9 @@ def plan(
             augment=augment,
             val_from_train=val_from_train,
             limit_train=limit_train,
+            calibration=calibration,
         )
+        check_labels_for_loss(loaded_data, resolved.settings)
     choices = {
         "include": list(include),
         "exclude": list(exclude),
@@ -152,7 +155,11 @@ def plan(
         "quantize_last": quantize_last,
         "augment": augment,
         "amp": amp,
+        "calibration": calibration,
     }
+    warnings = list(loaded.notes)
+    if loaded_data is not None and not loaded_data.labelled:
+        warnings += loaded_data.describe["notes"]
     return Plan(
         loaded,
         loaded_data,
@@ -166,5 +173,18 @@ def plan(
         Path(data).name if data is not None else "",  # not the whole path, so that data may be moved
         command,
         choices,
-        list(loaded.notes),
+        warnings,
     )
+
+
+def check_labels_for_loss(data: Data, settings: Settings) -> None:
+    """Refuse a loss that needs labels where the training pictures have none.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    if not data.labelled and settings.distillation < 1:
+        raise UsageError(
+            f"the training pictures have no labels, which setting distillation = {settings.distillation:g} needs; "
+            "give --set distillation=1, or labelled pictures"
+        )

@@ -132,7 +132,7 @@ def settings_toml(job: Plan) -> str:
         "constraint": job.levels.name,
         "method": job.method,
         "preset": job.resolved.preset,
-        **job.choices,
+        **{name: value for name, value in job.choices.items() if name != "calibration"},  # it goes with --data
         **job.resolved.settings.to_dict(),
     }
     # JSON's strings, numbers, truth values and lists of strings are TOML's as well

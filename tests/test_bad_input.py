@@ -82,6 +82,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(root / "colour.npz", **colour)
     np.savez(root / "only-val.npz", **{name: array for name, array in good.items() if "val" in name})
     np.savez(root / "no-labels.npz", train_images=good["train_images"], val_images=good["val_images"])
+    np.savez(root / "labels.npz", train_labels=good["train_labels"])
     np.savez(root / "objects.npz", train_images=np.array([Code()], dtype=object), train_labels=np.zeros(1, int))
     (root / "cut.npz").write_bytes(data.read_bytes()[:500])
     (root / "data.txt").write_text("no data")
@@ -97,6 +98,12 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "unreadable" / "val" / "class2" / "002.png").write_bytes(b"no picture")
     shutil.copytree(root / "pictures", root / "coloured")
     Image.new("RGB", (8, 8)).save(root / "coloured" / "val" / "class2" / "002.png")
+    shutil.copytree(root / "pictures" / "train" / "class0", root / "flat")
+    shutil.copytree(root / "two-classes", root / "mixed")
+    (root / "mixed" / "a").rename(root / "mixed" / "other")
+    Image.new("L", (8, 8)).save(root / "mixed" / "a.png")
+    (root / "flat-coloured").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "flat-coloured" / "a.png")
     (root / "too-many.txt").write_text("".join(f"class{number}\n" for number in range(9)))
 
     (root / "unknown-key.toml").write_text("epochs = 1\nleraning_rate = 0.1\n")
@@ -232,7 +239,7 @@ CASES = {
     "no such data": Case(2, ("no such data: dat.npz",), data="dat.npz"),
     "data of another kind": Case(2, ("data.txt", "no .npz"), data="data.txt"),
     "an empty folder": Case(1, ("folder has no class folders",), data="folder"),
-    "an empty train folder": Case(1, ("nothing has one class only (train)",), data="nothing"),
+    "an empty train folder": Case(1, ("nothing has no pictures in it", ".jpg"), data="nothing"),
     "class folders without pictures": Case(1, ("no-pictures has 2 class folders", "6 classes"), data="no-pictures"),
     "one class folder only": Case(1, ("one class only",), data="one-class"),
     "fewer class folders than classes": Case(1, ("2 class folders", "6 classes", "--class-map"), data="two-classes"),
@@ -241,7 +248,19 @@ CASES = {
     "a negative label": Case(1, ("label -1", "6 classes"), data="negative.npz"),
     "colour for a grey network": Case(1, ("3 channels", "takes 1"), data="colour.npz"),
     "no training pictures": Case(1, ("no training pictures",), data="only-val.npz"),
-    "no labels": Case(1, ("no val_labels",), data="no-labels.npz"),
+    "labels without pictures": Case(1, ("labels.npz holds train_labels", "expected"), data="labels.npz"),
+    "no labels for a loss that needs them": Case(
+        2, ("no labels", "distillation = 0.5"), data="no-labels.npz", flags=("--set", "distillation=0.5")
+    ),
+    "no labels for the published recipe": Case(
+        2, ("no labels", "distillation = 0"), data="no-labels.npz", flags=("--preset", "paper")
+    ),
+    "no labels for a top-1": Case(2, ("--min-agreement",), data="no-labels.npz", flags=("--min-top1", "90")),
+    "no labels for a drop": Case(2, ("--min-agreement",), data="no-labels.npz", flags=("--max-drop", "1")),
+    "pictures beside class folders": Case(1, ("mixed has pictures directly in it (a.png)", "(b)"), data="mixed"),
+    "a class map without classes": Case(2, ("class map",), data="flat", flags=("--class-map", "too-many.txt")),
+    "no pictures to calibrate with": Case(2, ("--calibration",), data="flat", flags=("--calibration", "0")),
+    "an agreement that is none": Case(2, ("--min-agreement",), flags=("--min-agreement", "101")),
     "pickled arrays": Case(1, ("Python objects",), data="objects.npz"),
     "a truncated .npz": Case(1, ("cut.npz",), data="cut.npz"),
     "no such class map": Case(2, ("no such class map",), data="pictures", flags=("--class-map", "none.txt")),
@@ -276,7 +295,12 @@ def test_a_result_to_be_overwritten_stays(world: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data, part", [("unreadable", "val/class2/002.png"), ("coloured", "val/class2/002.png has 3 channels")]
+    "data, part",
+    [
+        ("unreadable", "val/class2/002.png"),
+        ("coloured", "val/class2/002.png has 3 channels"),
+        ("flat-coloured", "a.png has 3 channels"),
+    ],
 )
 def test_a_picture_that_cannot_be_used(world: Path, data: str, part: str) -> None:
     for workers in ("0", "2"):

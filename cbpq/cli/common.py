@@ -71,7 +71,8 @@ DataPath = Annotated[
     typer.Option(
         "--data",
         metavar="PATH",
-        help="Folder with train/ and val/, folder of class folders, .npz file, or a timm reader such as hfds/….",
+        help="Folder with train/ and val/, folder of class folders or of pictures without labels, .npz file, or a timm "
+        "reader such as hfds/….",
         rich_help_panel=DATA,
     ),
 ]
@@ -110,6 +111,18 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(
         "--max-drop", metavar="POINTS", help="Most points of top-1 below the original.", rich_help_panel=GATES
+    ),
+]
+
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        "--min-agreement",
+        metavar="PERCENT",
+        min=0,
+        max=100,
+        help="Least share of pictures with the original's answer; needs no labels.",
+        rich_help_panel=GATES,
     ),
 ]
 
@@ -166,27 +179,47 @@ def input_overrides(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def check_labels_for_gates(labelled: bool, *, min_top1: float | None, max_drop: float | None) -> None:
+    """Refuse bounds on an accuracy that will not be known.
+
+    Raises:
+        UsageError: one is set, and the validation pictures have no labels.
+    """
+    for flag, bound in (("--min-top1", min_top1), ("--max-drop", max_drop)):
+        if bound is not None and not labelled:
+            raise UsageError(f"{flag} needs labelled validation pictures; use --min-agreement")
+
+
 def check_gates(
-    top1: float,
+    top1: float | None,
     original_top1: float | None = None,
     *,
+    agreement: float | None = None,
     min_top1: float | None = None,
     max_drop: float | None = None,
+    min_agreement: float | None = None,
     file_bytes: float | None = None,
     max_megabytes: float | None = None,
 ) -> None:
-    """Hold a top-1 accuracy in percent, and the size of a file, against the bounds the user set.
+    """Hold a top-1 accuracy and an agreement in percent, and the size of a file, against the bounds the user set. What
+    is None is not known, and held against nothing.
 
     Raises:
         GateError: a bound is missed; the message holds both numbers.
     """
-    if min_top1 is not None and not top1 >= min_top1:
+    if min_top1 is not None and top1 is not None and not top1 >= min_top1:
         raise GateError(f"top-1 is {top1:.2f} %, below --min-top1 {min_top1:g} %")
-    if max_drop is not None and original_top1 is not None and not original_top1 - top1 <= max_drop:
+    if min_agreement is not None and agreement is not None and not agreement >= min_agreement:
         raise GateError(
-            f"top-1 fell by {original_top1 - top1:.2f} points ({original_top1:.2f} % to {top1:.2f} %), "
-            f"more than --max-drop {max_drop:g}"
+            f"{agreement:.2f} % of the images have the original's answer, below --min-agreement {min_agreement:g} %"
         )
+    if top1 is not None and original_top1 is not None and max_drop is not None:
+        drop = original_top1 - top1
+        if not drop <= max_drop:
+            raise GateError(
+                f"top-1 fell by {drop:.2f} points ({original_top1:.2f} % to {top1:.2f} %), "
+                f"more than --max-drop {max_drop:g}"
+            )
     if max_megabytes is not None and file_bytes is not None and not file_bytes <= max_megabytes * 1e6:
         raise GateError(f"the file is {file_bytes / 1e6:.3f} MB, more than --max-size {max_megabytes:g} MB")
 

@@ -47,10 +47,12 @@ def command(
     amp: common.Amp = False,
     min_top1: common.MinTop1 = None,
     max_drop: common.MaxDrop = None,
+    min_agreement: common.MinAgreement = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
-    """Measure top-1, top-5 and loss of a network, each with its 95 % interval; each image counts once.
+    """Measure top-1, top-5 and loss of a network, each with its 95 % interval; each image counts once. On pictures
+    without labels, --against measures how often it agrees with the original.
 
     Examples:
 
@@ -58,8 +60,9 @@ def command(
       cbpq evaluate out/model.safetensors --data imagenet/ --against resnet18.pth --max-drop 1
       cbpq evaluate resnet18.pth --data imagenet/val --class-map classes.txt --json
     """
-    if max_drop is not None and against is None:
-        raise UsageError("--max-drop needs the original to compare with; add --against SOURCE")
+    for flag, bound in (("--max-drop", max_drop), ("--min-agreement", min_agreement)):
+        if bound is not None and against is None:
+            raise UsageError(f"{flag} needs the original to compare with; add --against SOURCE")
     overrides = common.input_overrides(input_size, mean, std, interpolation, crop_pct)
 
     from cbpq.api import evaluate
@@ -84,6 +87,8 @@ def command(
             on_start=lambda batches: bar.update(task, total=batches),
             on_batch=lambda: bar.advance(task),
         )
+    result = measured.result
+    common.check_labels_for_gates(result.top1 is not None, min_top1=min_top1, max_drop=max_drop)
     for text in measured.notes:
         common.note(notes, text)
     document = measured.to_dict()
@@ -91,8 +96,14 @@ def command(
         common.print_json(document)
     else:
         _render(common.stdout(), document)
-    original = measured.result.reference
-    common.check_gates(measured.result.top1, original.top1 if original else None, min_top1=min_top1, max_drop=max_drop)
+    common.check_gates(
+        result.top1,
+        result.reference.top1 if result.reference else None,
+        agreement=result.comparison.agreement if result.comparison else None,
+        min_top1=min_top1,
+        max_drop=max_drop,
+        min_agreement=min_agreement,
+    )
 
 
 def _render(console: Console, document: dict[str, Any]) -> None:

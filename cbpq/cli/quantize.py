@@ -21,6 +21,7 @@ from cbpq.cli.common import (
     Json,
     MaxDrop,
     Mean,
+    MinAgreement,
     MinTop1,
     Overwrite,
     Pretrained,
@@ -30,6 +31,7 @@ from cbpq.cli.common import (
     Weights,
     Workers,
     check_gates,
+    check_labels_for_gates,
     input_overrides,
     note,
     print_json,
@@ -53,7 +55,8 @@ def command(
         typer.Option(
             "--data",
             metavar="PATH",
-            help="Folder with train/ and val/, folder of class folders, .npz file, or a timm reader such as hfds/….",
+            help="Folder with train/ and val/, folder of class folders or of pictures without labels, .npz file, or a "
+            "timm reader such as hfds/….",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -147,6 +150,16 @@ def command(
         int | None,
         typer.Option("--limit-train", metavar="N", min=1, help="Use N training images only.", rich_help_panel=DATA),
     ] = None,
+    calibration: Annotated[
+        int | None,
+        typer.Option(
+            "--calibration",
+            metavar="N",
+            min=1,
+            help="Use N pictures where they have no labels (1024, or all there are).",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     workers: Workers = 2,
     device: Annotated[
         str | None,
@@ -179,6 +192,7 @@ def command(
     quiet: Quiet = False,
     min_top1: MinTop1 = None,
     max_drop: MaxDrop = None,
+    min_agreement: MinAgreement = None,
     max_size: Annotated[
         float | None,
         typer.Option("--max-size", metavar="MB", help="Largest file, in megabytes.", rich_help_panel=GATES),
@@ -191,6 +205,7 @@ def command(
       cbpq quantize resnet18.pth --data imagenet/ --constraint two-bit-shift
       cbpq quantize timm:resnet18.a1_in1k --pretrained --data imagenet/ -c ternary --epochs 3 -o out
       cbpq quantize nets.my:make --weights my.pth --data pictures.npz -c binary --min-top1 90
+      cbpq quantize resnet18.pth --data folder-of-pictures/ --calibration 256 --min-agreement 90
     """
     from cbpq.configuration import combine
 
@@ -234,11 +249,14 @@ def command(
         skip_bad_images=skip_bad_images,
         val_from_train=val_from_train,
         limit_train=limit_train,
+        calibration=calibration,
         workers=workers,
         max_minutes=max_time,
         command=shlex.join(["cbpq", *sys.argv[1:]]),
         **choices,
     )
+    if job.data is not None:
+        check_labels_for_gates(job.data.val_labelled, min_top1=min_top1, max_drop=max_drop)
     console = stderr(quiet)
     if dry_run:
         show_plan(job, origins, stdout(), as_json=json)
@@ -252,12 +270,14 @@ def command(
     else:
         report.render(stdout())
     note(console, f"wrote {folder / 'model.safetensors'}, report.md and report.json beside it")
-    quantized, original = report.quantized or {}, report.original or {}
+    quantized, original, comparison = report.quantized or {}, report.original or {}, report.comparison or {}
     check_gates(
         quantized["top1"],
         original["top1"],
+        agreement=comparison["agreement"],
         min_top1=min_top1,
         max_drop=max_drop,
+        min_agreement=min_agreement,
         file_bytes=report.sizes["file_bytes"],
         max_megabytes=max_size,
     )
