@@ -205,6 +205,8 @@ def test_comparison_by_hand() -> None:
     evaluation = summarize(model, reference)
     assert evaluation.comparison == result
     assert evaluation.reference is not None
+    assert evaluation.reference.top1 is not None
+    assert evaluation.top1 is not None
     assert evaluation.reference.top1 - evaluation.top1 == pytest.approx(result.drop)
 
 
