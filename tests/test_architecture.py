@@ -23,10 +23,12 @@ PACKAGE = ROOT / "cbpq"
 ROWS = (
     ("", "errors"),
     ("inputs", "packing", "atomic", "container"),
-    ("levels", "scales", "fileformat"),
+    ("levels", "scales", "rounding", "fileformat"),
     ("methods", "presets", "configuration"),
     (
         "tracing",
+        "uses",
+        "blocks",
         "layers",
         "architectures",
         "checkpoints",
@@ -36,7 +38,7 @@ ROWS = (
         "loading",
         "models",
     ),
-    ("weights", "constrained"),
+    ("compensation", "weights", "constrained"),
     ("pictures", "transforms", "loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
     ("recipe", "training", "evaluation", "checkpoint", "devices", "model_file", "inspection"),
     ("exports", "sections", "report"),

@@ -1,0 +1,180 @@
+"""Rounding that compensates its own errors: a weight matrix, put on its levels column after column.
+
+The idea is optimal brain quantization's (Frantar & Alistarh, NeurIPS 2022, arXiv 2208.11580) in GPTQ's order (Frantar
+et al., ICLR 2023, arXiv 2210.17323), on level sets instead of integers, and with targets that make up for what earlier
+layers have lost (as GPTAQ does; Li et al. 2025, arXiv 2504.02692).
+
+============  ==============  ===============================================================================
+symbol        here            meaning
+============  ==============  ===============================================================================
+W (R, K)      ``weight``      the original weights, a row for each output channel
+x, x̃ (K,)     –               an input of the layer in the original network, and in the rounded one
+H (K, K)      ``moment``      second moment of the rounded network's inputs, Σ x̃ x̃ᵀ
+C (K, K)      ``cross``       cross moment, Σ x x̃ᵀ; equal to H where both networks see the same
+q, a          ``grid``        levels, and the scale of each row
+U             ``factor``      upper Cholesky factor of H⁻¹ = Uᵀ U
+============  ==============  ===============================================================================
+
+Sought are levels with  Σ ‖W x − a q x̃‖²  small. Of all real matrices W* = W C H⁻¹ is best, and any other V costs
+Σ_r (V − W*)_r H (V − W*)_rᵀ more. So W*, not W, is rounded: column j goes to its nearest level, and what that leaves,
+e = (w_j − a q_j) / U_jj, is spread over the columns that are not placed yet, w_k ← w_k − e U_jk for k > j. For given
+levels the best scale is a = (q H w*) / (q H q); levels and scale are found in turn.
+
+Grouped convolutions have G such matrices; every tensor here has that axis in front.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbpq.levels import Grid, LevelSet
+from cbpq.scales import SMALLEST_SCALE, initial_scale
+
+DAMPING = 0.01  # of H's mean diagonal, added to it: GPTQ's value
+MOST_DAMPINGS = 6  # each ten times the one before, the last a thousand times the mean
+BLOCK = 128  # columns whose corrections are carried along at once
+SCALE_TRIALS = (1.0, 0.85, 1.15)  # start scales, relative to the least-squares one
+REFINEMENTS = 2  # turns of levels and scale for each of them
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rounded weight matrices, float64 on the CPU.
+
+    ``scale`` is (G, R, 1), or (1, 1, 1) for the whole layer. ``latent`` (G, R, K) holds each weight as it stood before
+    it was placed, with the corrections for the columns before it; its nearest levels on that scale are the rounded
+    weights. ``target`` (G, R, K) is W*, the best real weights.
+    """
+
+    scale: Tensor
+    latent: Tensor
+    target: Tensor
+
+
+def round_compensated(
+    weight: Tensor, moment: Tensor, levels: LevelSet, *, cross: Tensor | None = None, per_row: bool = True
+) -> Rounded:
+    """Put weight matrices on their levels so that the layer's outputs change little.
+
+    Args:
+        weight: (G, R, K), finite.
+        moment: H, (G, K, K), symmetric; may be singular, or zero.
+        levels: the level set.
+        cross: C, (G, K, K), where the original network's inputs differ.
+        per_row: a scale for each row, else one for the layer.
+    """
+    h = moment.double().cpu()
+    size = h.diagonal(dim1=1, dim2=2)
+    # what weighs most is placed first, while all the others can still make up for it
+    order = size.argsort(dim=1, descending=True, stable=True)
+    original, h = _columns(weight.detach().double().cpu(), order), _both(h, order)
+    # an input that is always 0: its weights have no say, and are rounded on their own
+    dead = size.gather(1, order) <= 0
+    h = h + torch.diag_embed(dead * size.mean(dim=1, keepdim=True).clamp_min(1e-30))
+    factor, damping = _inverse_factor(h)
+    target = original
+    if cross is not None:  # W* of Σ‖W x − V x̃‖² + δ‖V − W‖²: the damping pulls it towards W
+        right = original @ _both(cross.double().cpu(), order) + damping * original
+        target = torch.where(dead.unsqueeze(1), original, right @ factor.mT @ factor)
+    scale, latent = reduce(_better, _trials(target, h, factor, levels, per_row))[1:]
+    back = order.argsort(dim=1)
+    return Rounded(scale, _columns(latent, back), _columns(target, back))
+
+
+class _Trial(NamedTuple):
+    """Levels and scale that were tried, and their error by row."""
+
+    error: Tensor
+    scale: Tensor
+    latent: Tensor
+
+
+def _trials(target: Tensor, h: Tensor, factor: Tensor, levels: LevelSet, per_row: bool) -> Iterator[_Trial]:
+    start = initial_scale(target.flatten(0, 1), levels, "least-squares", "channel" if per_row else "layer")
+    for share in SCALE_TRIALS:
+        scale = (share * start).reshape(*(target.shape[:2] if per_row else (1, 1)), 1)
+        for _ in range(REFINEMENTS):
+            latent = _place(target, factor, Grid(levels, scale))
+            level = Grid(levels, scale).level(latent)
+            scale = _best_scale(target, level, h, scale, per_row)
+            error = _quadratic(target - scale * level, target - scale * level, h, per_row)
+            yield _Trial(error, scale, into_cells(latent, level, Grid(levels, scale)))
+
+
+def _better(old: _Trial, new: _Trial) -> _Trial:
+    """The better of two, row by row."""
+    gains = new.error < old.error
+    return _Trial(*(torch.where(gains, after, before) for after, before in zip(new, old, strict=True)))
+
+
+def _inverse_factor(h: Tensor) -> tuple[Tensor, Tensor]:
+    """U, upper triangular, with (H + δ)⁻¹ = Uᵀ U, and the δ (G, 1, 1) that was needed for it."""
+    mean = h.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    identity = torch.eye(h.shape[1], dtype=h.dtype)
+    damping = DAMPING * mean
+    factor = torch.empty_like(h)
+    for _ in range(MOST_DAMPINGS):
+        lower, failed = torch.linalg.cholesky_ex(h + damping * identity)
+        factor, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        bad = (failed > 0) | (failed_again > 0) | ~factor.isfinite().flatten(1).all(1)
+        if not bool(bad.any()):
+            break
+        damping = torch.where(bad[:, None, None], 10 * damping, damping)
+    # where nothing helped there is no curvature to be made use of: each column on its own
+    alone = torch.diag_embed((h.diagonal(dim1=1, dim2=2) + damping[:, 0]).rsqrt())
+    return torch.where(bad[:, None, None], alone, factor), damping
+
+
+def _place(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """Each weight just before it is placed."""
+    latent = weight.clone()
+    for start in range(0, weight.shape[2], BLOCK):
+        stop = min(start + BLOCK, weight.shape[2])
+        errors = torch.empty_like(latent[:, :, start:stop])
+        for column in range(start, stop):
+            own = latent[:, :, column : column + 1]
+            error = (own - grid.nearest(own)) / factor[:, column, column, None, None]
+            errors[:, :, column - start : column - start + 1] = error
+            latent[:, :, column + 1 : stop] -= error @ factor[:, column : column + 1, column + 1 : stop]
+        latent[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return latent
+
+
+def _best_scale(target: Tensor, level: Tensor, h: Tensor, scale: Tensor, per_row: bool) -> Tensor:
+    """a = (q H w*) / (q H q), or the old one where that is no positive number."""
+    under = _quadratic(level, level, h, per_row)
+    best = _quadratic(level, target, h, per_row) / under
+    return torch.where((under > 0) & (best > SMALLEST_SCALE) & best.isfinite(), best, scale)
+
+
+def _quadratic(left: Tensor, right: Tensor, h: Tensor, per_row: bool) -> Tensor:
+    """l H rᵀ of each row, (G, R, 1), or their sum."""
+    rows = ((left @ h) * right).sum(dim=2, keepdim=True)
+    return rows if per_row else rows.sum().reshape(1, 1, 1)
+
+
+def into_cells(latent: Tensor, level: Tensor, grid: Grid) -> Tensor:
+    """Move weights, as little as need be, to where their nearest level is ``level``, whatever the scale became since.
+
+    Kept a little off the midpoints, so that rounding to float32 does not carry any across; and within half a gap of
+    the outer levels, so that none is out of reach of training.
+    """
+    q = torch.tensor(grid.level_set.levels, dtype=latent.dtype)
+    half = q.diff() / 2 * 0.999
+    index = torch.searchsorted(q, level.contiguous())
+    lowest, highest = q - torch.cat([half[:1], half]), q + torch.cat([half, half[-1:]])
+    return latent.clamp(lowest[index] * grid.scale, highest[index] * grid.scale)
+
+
+def _columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns (last axis) in the order of each group."""
+    return matrix.gather(2, order.unsqueeze(1).expand_as(matrix))
+
+
+def _both(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in the order of each group."""
+    return _columns(_columns(matrix, order).mT, order).mT
