@@ -114,6 +114,7 @@ def walk(
         done = block
 
 
+@torch.no_grad()
 def run_block(model: nn.Module, block: Block, inputs: Tensor) -> Tensor:
     """The block's output in evaluation mode; ``inputs`` is left as it is."""
     module = model.get_submodule(block.path)

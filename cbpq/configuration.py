@@ -14,7 +14,7 @@ PREFIX = "CBPQ_"
 CHOICES: dict[str, Any] = {
     "constraint": "two-bit-shift",
     "method": "cbp",
-    "preset": "default",
+    "preset": "auto",
     "include": [],
     "exclude": [],
     "quantize_first": False,

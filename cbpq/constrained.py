@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cbpq.compensation import Start
 from cbpq.errors import UsageError
 from cbpq.fileformat import ConstrainedTensor
 from cbpq.layers import LayerChoice, choose_layers
@@ -49,6 +50,7 @@ class Constrained:
         method: Method,
         settings: Settings,
         layers: LayerChoice,
+        starts: Mapping[str, Start] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -66,7 +68,8 @@ class Constrained:
                 raise UsageError(
                     f"the optimizer does not hold {name}: give it all parameters that are to be constrained"
                 )
-            self._weights[name] = ConstrainedWeight(parameter, self._slot(name, parameter))
+            start = starts[name] if starts else None
+            self._weights[name] = ConstrainedWeight(parameter, self._slot(name, parameter, start))
         if settings.learn_scales:
             self._add_scales(owned[id(parameters[layers.constrained[0]])])
         with torch.no_grad():
@@ -77,13 +80,17 @@ class Constrained:
             optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _slot(self, name: str, parameter: nn.Parameter) -> Slot:
-        latent = parameter.detach().clone(memory_format=torch.contiguous_format)
+    def _slot(self, name: str, parameter: nn.Parameter, start: Start | None) -> Slot:
+        latent = start.latent if start else parameter.detach()
+        latent = latent.clone(memory_format=torch.contiguous_format)
         if latent.dtype not in (torch.float32, torch.float64):
             raise UsageError(f"{name} is {latent.dtype}: constrain a float32 model and train it under autocast instead")
         if not bool(latent.isfinite().all()):
             raise UsageError(f"{name} holds a value that is not finite: the checkpoint is damaged")
-        scale = initial_scale(latent, self.level_set, self.settings.scale_rule, self.settings.scale_granularity)
+        if start:
+            scale = start.scale.clone()
+        else:
+            scale = initial_scale(latent, self.level_set, self.settings.scale_rule, self.settings.scale_granularity)
         if self.settings.learn_scales:
             scale.requires_grad_()
         return Slot(latent, Grid(self.level_set, scale), self.method.start(latent))
@@ -307,9 +314,18 @@ def constrain(
 
 
 def bind(
-    network: nn.Module, optimizer: Optimizer, levels: LevelSet, method: str, settings: Settings, layers: LayerChoice
+    network: nn.Module,
+    optimizer: Optimizer,
+    levels: LevelSet,
+    method: str,
+    settings: Settings,
+    layers: LayerChoice,
+    starts: Mapping[str, Start] | None = None,
 ) -> Constrained:
-    """Method × constraint × network × optimizer, with every choice made: what ``constrain`` comes down to."""
+    """Method × constraint × network × optimizer, with every choice made: what ``constrain`` comes down to.
+
+    ``starts`` says where each weight starts; without it, at the network's weights and the settings' first scales.
+    """
     kind = method_class(method)
     bound = kind(**{name: getattr(settings, name) for name in kind.settings})
-    return Constrained(network, optimizer, levels, bound, settings, layers)
+    return Constrained(network, optimizer, levels, bound, settings, layers, starts)

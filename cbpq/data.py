@@ -2,18 +2,29 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cbpq.errors import DataError, UsageError
 from cbpq.inputs import InputSpec
 from cbpq.loaders import Batch, EvalBatches, EvalLoader, PictureSource, Source, TensorSource, TrainBatches, TrainLoader
-from cbpq.pictures import ArrayPictures, are_grey, one_line
+from cbpq.pictures import ArrayPictures, are_grey, no_labels, one_line
 from cbpq.readers import VAL_SPLITS, Reader, is_reader
-from cbpq.splits import CALIBRATION, Part, calibrating, check_labels, choose, open_local, open_reader
+from cbpq.splits import (
+    CALIBRATION,
+    Chosen,
+    Part,
+    Splits,
+    calibrating,
+    check_labels,
+    choose,
+    open_local,
+    open_reader,
+)
 from cbpq.streams import PictureStream, StreamEvalBatches, StreamTrainBatches
 from cbpq.transforms import Augment, Augmentation, Normalize
 
@@ -50,6 +61,12 @@ class Data:
     def val_labelled(self) -> bool:
         """Whether the validation pictures have labels."""
         return bool(self.describe["val_labels"])
+
+    def set_batch_size(self, images: int) -> None:
+        """Let all loaders give so many images at a time, but for streams, which stay as they are."""
+        for loader in (self.train, self.val, self.calibration):
+            if isinstance(loader, TrainBatches | EvalBatches):
+                loader.batch_size = images
 
 
 def load_data(
@@ -123,8 +140,8 @@ def load_data(
         calibration=count,
         seed=seed,
     )
-    train, val, skipped = chosen.train, chosen.val, list[str]()
     if skip_bad_images:
+        train, val = chosen.train, chosen.val
         val, skipped = _readable(val, workers, f"{splits.title}, {chosen.val_split}")
         if train is chosen.val:
             train = val
@@ -132,21 +149,54 @@ def load_data(
             train, more = _readable(train, workers, f"{splits.title}, {splits.train_name}")
             skipped = sorted(skipped + more)
             check_labels(train.labels, num_classes, f"{splits.title}, {splits.train_name}")
+        chosen = replace(chosen, train=train, val=val, skipped=tuple(skipped))
+    return _assemble(splits, chosen, spec, num_classes, _Loading(batch_size, seed, workers, augment, count))
 
+
+def synthetic_data(images: Tensor, spec: InputSpec, num_classes: int, *, batch_size: int, seed: int) -> Data:
+    """Synthesised pictures (N, C, H, W), uint8 and of the network's own size, as a data set without labels."""
+    layout = images.squeeze(1) if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
+    pictures = ArrayPictures(layout.contiguous().numpy(), no_labels(len(images)), "synthetic")
+    name = "the synthesised pictures"
+    splits = Splits("synthetic", name, lambda: pictures, None, name, "")
+    chosen = choose(
+        splits, num_classes, training=True, val_from_train=None, limit=None, calibration=len(images), seed=seed
+    )
+    data = _assemble(splits, chosen, spec, num_classes, _Loading(batch_size, seed))
+    data.describe["notes"] = []  # of how many there are, nothing is to be learned
+    return data
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How pictures are read; ``calibration`` of labelled ones are shown by ``Data.calibration``."""
+
+    batch_size: int
+    seed: int
+    workers: int = 0
+    augment: Augment = "auto"
+    calibration: int = CALIBRATION
+
+
+def _assemble(splits: Splits, chosen: Chosen, spec: InputSpec, num_classes: int, how: _Loading) -> Data:
+    """Loaders of the chosen pictures, and what is to be said of them."""
+    train, val, seed = chosen.train, chosen.val, how.seed
     normalize = Normalize(spec)
     augmentation = Augmentation()
     train_loader: TrainLoader | None = None
     calibration_loader: EvalLoader | None = None
     notes = list(splits.notes)
     if train is not None:
-        augmentation = Augmentation.choose(augment, spec, are_grey(train.pictures, train.indices))
-        train_source = _source(train, spec, workers, seed, augmentation)
-        train_loader = TrainBatches(train_source, normalize, augmentation, batch_size=batch_size, seed=seed)
-        calibration_source = _source(calibrating(train, count, seed), spec, workers, seed, Augmentation())
-        calibration_loader = EvalBatches(calibration_source, normalize, batch_size=batch_size)
+        augmentation = Augmentation.choose(how.augment, spec, are_grey(train.pictures, train.indices))
+        train_source = _source(train, spec, how.workers, seed, augmentation)
+        train_loader = TrainBatches(train_source, normalize, augmentation, batch_size=how.batch_size, seed=seed)
+        calibration_source = _source(calibrating(train, how.calibration, seed), spec, how.workers, seed, Augmentation())
+        calibration_loader = EvalBatches(calibration_source, normalize, batch_size=how.batch_size)
         if not train.labelled and len(train.indices) < FEW:
             notes.append(_few(len(train.indices)))
-    val_loader = EvalBatches(_source(val, spec, workers, seed, Augmentation()), normalize, batch_size=batch_size)
+    val_loader = EvalBatches(
+        _source(val, spec, how.workers, seed, Augmentation()), normalize, batch_size=how.batch_size
+    )
     describe = _describe(
         splits.kind,
         train_loader,
@@ -161,7 +211,7 @@ def load_data(
         "train_labels": train.labelled if train is not None else None,
         "val_labels": val.labelled,
         "held_out_share": chosen.share,
-        "skipped_images": skipped,
+        "skipped_images": list(chosen.skipped),
     }
     return Data(train_loader, val_loader, num_classes, describe, calibration_loader)
 

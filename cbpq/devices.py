@@ -1,5 +1,9 @@
 """Which device a run uses, from the name the user gave."""
 
+import contextlib
+import sys
+from pathlib import Path
+
 import torch
 
 from cbpq.errors import MissingPartError, UsageError
@@ -49,3 +53,32 @@ def describe_device(device: torch.device) -> str:
 def _cpu() -> str:
     threads = torch.get_num_threads()
     return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})"
+
+
+class PeakMemory:
+    """The most memory in use since this object was made: of the GPU for a run on one, else of the process.
+
+    Where the system cannot start counting anew, it is the most since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):  # Linux: the high-water mark goes down to what is in use
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int | None:
+        """The peak so far, None if the system does not tell."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            status = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next((line.split()[1] for line in status if line.startswith("VmHWM:")), ""))
+        with contextlib.suppress(ImportError):
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None

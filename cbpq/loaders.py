@@ -165,7 +165,7 @@ class TrainBatches:
     ) -> None:
         self._source, self._normalize, self._augmentation = source, normalize, augmentation
         self._labels = torch.from_numpy(source.labels)
-        self._batch_size, self._seed = batch_size, seed
+        self.batch_size, self._seed = batch_size, seed
 
     @property
     def images(self) -> int:
@@ -173,14 +173,14 @@ class TrainBatches:
         return len(self._labels)
 
     def __len__(self) -> int:
-        return batches_per_epoch(self.images, self._batch_size)
+        return batches_per_epoch(self.images, self.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """See `TrainLoader.epoch`."""
         check_position(number, start)
         order = epoch_generator(self._seed, number, ORDER).permutation(np.arange(self.images, dtype=np.int64))
         draws = Shifts.draw(self._augmentation, self._seed, number, self.images)
-        plan = [order[index * self._batch_size :][: self._batch_size] for index in range(start, len(self))]
+        plan = [order[index * self.batch_size :][: self.batch_size] for index in range(start, len(self))]
         for samples, images in zip(plan, self._source.batches(plan, number), strict=True):
             shifted = self._augmentation.on_batch(images, draws, samples)
             yield Batch(self._normalize(shifted), self._labels[torch.from_numpy(samples)])
@@ -216,7 +216,7 @@ class EvalBatches:
     def __init__(self, source: Source, normalize: Normalize, *, batch_size: int) -> None:
         self._source, self._normalize = source, normalize
         self._labels = torch.from_numpy(source.labels)
-        self._batch_size = batch_size
+        self.batch_size = batch_size
 
     @property
     def images(self) -> int:
@@ -224,11 +224,11 @@ class EvalBatches:
         return len(self._labels)
 
     def __len__(self) -> int:
-        return -(-self.images // self._batch_size)
+        return -(-self.images // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         everything = np.arange(self.images, dtype=np.int64)
-        plan = [everything[index * self._batch_size :][: self._batch_size] for index in range(len(self))]
+        plan = [everything[index * self.batch_size :][: self.batch_size] for index in range(len(self))]
         for samples, images in zip(plan, self._source.batches(plan, None), strict=True):
             yield Batch(self._normalize(images), self._labels[torch.from_numpy(samples)])
 

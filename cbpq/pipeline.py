@@ -6,7 +6,9 @@ is up to that moment.
 """
 
 import contextlib
+import copy
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +18,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cbpq import stages
 from cbpq.atomic import atomic_write, remove_leftovers
 from cbpq.checkpoint import load_checkpoint, save_checkpoint
-from cbpq.data import EvalLoader, TrainLoader
+from cbpq.compensation import Start, round_network
+from cbpq.data import Data, TrainLoader, synthetic_data
+from cbpq.devices import PeakMemory
 from cbpq.errors import CbpqError, TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
+from cbpq.loaders import RepeatedBatches
 from cbpq.model_file import save
+from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in, writing
 from cbpq.planning import Plan, plan
-from cbpq.report import Report, plain
-from cbpq.summary import build_report, metric_facts, run_facts, settings_toml
+from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
+from cbpq.report import Report, Stage, plain
+from cbpq.summary import build_report, metric_facts, run_facts, settings_toml, stage_row
+from cbpq.synthesis import save_pictures, steps_in_all, synthesize
 from cbpq.training import EpochEnd, Run, Step, finish, prepare, train
+
+SYNTHESIS = "synthesis"
+NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = "nearest rounding", "compensated rounding", "reconstruction", "training"
+STAGES = (NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED)
+LAYER_PICTURES = 128  # that the layers' outputs are compared on
 
 
 @dataclass(frozen=True)
@@ -122,31 +136,30 @@ def execute(
         CbpqError: what went wrong. The last checkpoint and an earlier result are intact.
         Interrupted: ``should_stop`` said so.
     """
-    if job.data is None or job.data.train is None or job.data.val is None:
-        raise UsageError("quantizing needs data to train on: give --data a folder or .npz file with training pictures")
+    if job.data is not None and job.data.train is None:
+        raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
     claim_output(output, resume=resume, overwrite=overwrite)
-    return _Execution(job, job.data.train, job.data.val, output, listener, should_stop).run(resume)
+    return _Execution(job, output, listener, should_stop).run(resume)
 
 
 class _Execution:
     """One call of ``execute``: the plan, where it writes, and what it knows so far."""
 
     def __init__(
-        self,
-        job: Plan,
-        loader: TrainLoader,
-        val: EvalLoader,
-        output: Path,
-        listener: Callable[[Event], None],
-        should_stop: Callable[[], bool],
+        self, job: Plan, output: Path, listener: Callable[[Event], None], should_stop: Callable[[], bool]
     ) -> None:
-        self.job, self.loader, self.val, self.output = job, loader, val, output
+        self.job, self.output = job, output
         self.listener, self.should_stop = listener, should_stop
         self.work, self.state_path = working_folder(output), state_file(output)
         self.log: list[str] = []  # lines of events.jsonl; part of the checkpoint, so that no event comes twice
         self.seconds: dict[str, float] = {}
         self.measured = 0  # the last epoch after which the network was measured
-        self.original: Predictions
+        self.data = job.data  # or made of synthesised pictures
+        self.pictures: Tensor | None = None  # those
+        self.original: Predictions | None = None
+        self.stages: list[Stage] = []  # what is done before training
+        self.starts: dict[str, Start] = {}  # where training starts
+        self.training_memory: int | None = None
 
     def run(self, resume: bool) -> Report:
         """The job, from the first measurement to the last file."""
@@ -157,52 +170,148 @@ class _Execution:
             remove_leftovers(self.work)
             self._start_log(state["log"] if state else [])
             network = self.job.loaded.model.to(self.job.device)
-            before = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+            teacher = copy.deepcopy(network).eval().requires_grad_(False)
             if state:
-                self.original = Predictions.from_state(state["original"])
-                self.seconds, self.measured = state["seconds"], state["measured"]
-            else:
-                self.original = self._measure("original", network)
-            run = self._prepare(network)
-            if state:
+                self._take_back(state, network)
+            self._get_pictures(teacher)
+            if self.original is None:
+                self.original = self._measure("original", teacher)
+                self._save(network)
+            if state is None or state["run"] is None:
+                self._before_training(network, teacher)
+            run = self._prepare(network, teacher)
+            if state and state["run"] is not None:
                 run.load_state_dict(state["run"])
                 self._emit(Resumed(run.epoch + 1, run.step))
             else:
-                self._save(run)
+                self._save(network, run)
             self._train(run)
-            return self._conclude(run, before)
+            return self._conclude(run, teacher)
 
-    def _prepare(self, network: nn.Module) -> Run:
+    def _take_back(self, state: Mapping[str, Any], network: nn.Module) -> None:
+        self.seconds, self.measured = state["seconds"], state["measured"]
+        self.original = Predictions.from_state(state["original"]) if state["original"] else None
+        self.pictures = state["pictures"]
+        self.stages = [Stage(**values) for values in state["stages"]]
+        self.starts = {name: Start(*pair) for name, pair in state["starts"].items()}
+        if state["network"]:
+            network.load_state_dict(state["network"])
+
+    def _get_pictures(self, teacher: nn.Module) -> None:
+        """Where there is no data: synthesise some, once."""
+        if self.data is not None:
+            return
+        job, settings = self.job, self.job.resolved.settings
+        spec, classes = job.loaded.info.input_spec, job.loaded.num_classes
+        if self.pictures is None:
+            with self._phase(SYNTHESIS, steps_in_all(teacher, job.synthesis)):
+                self.pictures = synthesize(
+                    teacher, spec, classes, job.synthesis, seed=settings.seed, device=job.device, on_step=self._tick
+                )
+            if job.save_synthetic is not None:
+                save_pictures(self.pictures, job.save_synthetic)
+            self._save(job.loaded.model)
+        self.data = synthetic_data(self.pictures, spec, classes, batch_size=settings.batch_size, seed=settings.seed)
+
+    def _before_training(self, network: nn.Module, teacher: nn.Module) -> None:
+        """Rounding, and reconstruction block by block; what was done before an interruption is not done again."""
+        job, settings, data = self.job, self.job.resolved.settings, self._data()
+        names = job.layers.constrained
+        done = {stage.name for stage in self.stages}
+
+        def nearest() -> dict[str, Start]:
+            return round_network(network, teacher, names, stages.rounding(job.levels, settings, "nearest"))
+
+        def compensated() -> dict[str, Start]:
+            images = stages.calibration_images(data, job.device)
+            return stages.compensate(network, teacher, names, job.levels, settings, images, self._tick)
+
+        def reconstructed() -> dict[str, Start]:
+            images = stages.augmented_images(data, settings, job.device)
+            plan = Reconstruction(job.levels, job.method, settings, self._seconds_left() / 2)
+            return reconstruct(network, teacher, self.starts, plan, images, self._tick)
+
+        if NEAREST not in done:
+            self._stage(NEAREST, 0, network, nearest)
+        if settings.rounding == "compensated" and COMPENSATED not in done:
+            self._stage(COMPENSATED, len(names), network, compensated)
+        if settings.epochs == 0:
+            return
+        if RECONSTRUCTED not in done:
+            self.starts = stages.handed_on(network, teacher, self.starts, job.levels, settings.latent_weights)
+            if settings.reconstruction_steps:
+                blocks = len(reconstructible(network, names, stages.calibration_images(data, job.device)[0]))
+                self._stage(RECONSTRUCTED, blocks * settings.reconstruction_steps, network, reconstructed)
+
+    def _stage(self, name: str, steps: int, network: nn.Module, work: Callable[[], dict[str, Start]]) -> None:
+        memory = PeakMemory(self.job.device)
+        with self._phase(name, steps):
+            self.starts = work()
+        peak = memory.bytes()
+        predictions = self._measure(name, network)
+        self.stages.append(stage_row(name, predictions, self._original(), self.seconds[name], peak))
+        self._save(network)
+
+    def _seconds_left(self) -> float:
+        """Of --max-time, which counts from the first rounding on."""
+        if self.job.max_minutes is None:
+            return math.inf
+        spent = sum(self.seconds.get(name, 0.0) for name in (SYNTHESIS, *STAGES))
+        return max(60 * self.job.max_minutes - spent, 1.0)
+
+    def _data(self) -> Data:
+        if self.data is None:
+            raise TrainingError("there are no pictures")
+        return self.data
+
+    def _original(self) -> Predictions:
+        if self.original is None:
+            raise TrainingError("the original network was not measured")
+        return self.original
+
+    def _prepare(self, network: nn.Module, teacher: nn.Module) -> Run:
         job = self.job
         return prepare(
             network,
-            self.loader,
+            self._loader(),
             levels=job.levels,
             method=job.method,
             settings=job.resolved.settings,
             layers=job.layers,
             device=job.device,
             amp=job.amp,
-            max_seconds=60 * job.max_minutes if job.max_minutes else float("inf"),
+            max_seconds=self._seconds_left(),
+            teacher=teacher,
+            starts=self.starts or None,
         )
+
+    def _loader(self) -> TrainLoader:
+        """The training pictures, gone through several times in an epoch where there are few."""
+        loader, wanted = self._data().train, self.job.resolved.settings.epoch_images
+        if loader is None:
+            raise TrainingError("there are no pictures to train on")
+        passes = -(-wanted // loader.images)
+        return RepeatedBatches(loader, passes) if passes > 1 else loader
 
     def _train(self, run: Run) -> None:
         settings = self.job.resolved.settings
+        memory = PeakMemory(self.job.device)
         saved_at = run.seconds
-        training = Phase("training", settings.epochs * len(self.loader))
+        training = Phase(TRAINED, settings.epochs * len(run.loader))
         self._measure_epoch(run)  # what was interrupted before it could
         self._emit(training)
         for event in train(run):
             self._emit(event)
             stop = self.should_stop()
             if stop or isinstance(event, EpochEnd) or run.seconds - saved_at >= 60 * settings.checkpoint_minutes:
-                self._save(run)
+                self._save(run.model, run)
                 saved_at = run.seconds
             if stop:
                 raise Interrupted(f"stopped in epoch {run.epoch + 1}; everything is saved, go on with --resume")
             if self._measure_epoch(run):
                 self._emit(training)
-        self.seconds["training"] = run.seconds
+        self.seconds[TRAINED] = run.seconds
+        self.training_memory = memory.bytes()
 
     def _measure_epoch(self, run: Run) -> bool:
         """Measure after an epoch that is not the last, if the settings say so and it was not done yet."""
@@ -213,21 +322,35 @@ class _Execution:
         self.measured = run.epoch
         return True
 
-    def _conclude(self, run: Run, before: Mapping[str, Tensor]) -> Report:
+    def _conclude(self, run: Run, teacher: nn.Module) -> Report:
         """Settle, measure, write everything into the working folder, and only then put it in its place."""
-        batches = min(self.job.resolved.settings.batchnorm_batches, len(self.loader))
+        job, original = self.job, self._original()
+        batches = min(job.resolved.settings.batchnorm_batches, len(run.loader)) if run.steps else 0
         with self._phase("settling the weights", batches):
             finish(run, self._tick)
         final = self._measure("quantized", run.model)
+        if run.steps:
+            self.stages.append(stage_row(TRAINED, final, original, self.seconds[TRAINED], self.training_memory))
+        with self._phase("measuring layers", 0):
+            noise = signal_to_noise(teacher, run.model, run.constrained.names, self._layer_images())
         save(
             self.work / "model.safetensors",
             run.constrained,
-            self.job.loaded.info,
-            run=run_facts(self.job),
-            metrics=metric_facts(self.original, final),
+            job.loaded.info,
+            run=run_facts(job),
+            metrics=metric_facts(original, final),
         )
         report = build_report(
-            self.job, run, before, self.original, final, self.work / "model.safetensors", self.seconds
+            job,
+            run,
+            teacher.state_dict(),
+            original,
+            final,
+            self.work / "model.safetensors",
+            self.seconds,
+            data=self._data(),
+            stages=self.stages,
+            noise=noise,
         )
         texts = {
             "report.json": json.dumps(report.to_dict(), indent=2),
@@ -240,9 +363,15 @@ class _Execution:
         publish(self.output)
         return report
 
+    def _layer_images(self) -> list[Tensor]:
+        """A few pictures to compare the layers' outputs on."""
+        images = stages.calibration_images(self._data(), self.job.device)
+        return images[: max(1, LAYER_PICTURES // len(images[0]))]
+
     def _measure(self, which: str, network: nn.Module) -> Predictions:
-        with self._phase("measuring", len(self.val)):
-            predictions = predict(network, self.val, self.job.device, amp=self.job.amp, on_batch=self._tick)
+        val = self._data().val
+        with self._phase("measuring", len(val)):
+            predictions = predict(network, val, self.job.device, amp=self.job.amp, on_batch=self._tick)
         compared = None if predictions.labelled or which == "original" else self.original
         self._emit(Evaluated(which, summarize(predictions, compared).to_dict()))
         return predictions
@@ -273,21 +402,25 @@ class _Execution:
         self.log = list(lines)
         atomic_write(self.work / "events.jsonl", "".join(lines).encode())
 
-    def _save(self, run: Run) -> None:
-        if not is_finite(run):
+    def _save(self, network: nn.Module, run: Run | None = None) -> None:
+        if run is not None and not is_finite(run):
             raise TrainingError(
                 f"a weight is not finite any more after step {run.step} of epoch {run.epoch + 1}; "
                 f"lower --lr (now {run.settings.lr:g}) or run without --amp"
             )
         state = {
-            "run": run.state_dict(),
+            "run": run.state_dict() if run is not None else None,
+            "network": network.state_dict() if run is None else None,
+            "starts": {name: (start.latent, start.scale) for name, start in self.starts.items()} if run is None else {},
+            "pictures": self.pictures,
+            "stages": [asdict(stage) for stage in self.stages],
             "log": self.log,
             "measured": self.measured,
             "seconds": self.seconds,
-            "original": self.original.state_dict(),
+            "original": self.original.state_dict() if self.original is not None else None,
         }
         save_checkpoint(self.state_path, self.job.identity(), state)
-        self._emit(Saved(run.epoch, run.step))
+        self._emit(Saved(run.epoch, run.step) if run is not None else Saved(0, 0))
 
 
 def is_finite(run: Run) -> bool:

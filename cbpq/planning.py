@@ -4,7 +4,7 @@ data.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from cbpq.layers import LayerChoice, choose_layers
 from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
-from cbpq.presets import Resolved, Settings, resolve
+from cbpq.presets import AUTO, Resolved, Settings, resolve
+from cbpq.synthesis import SynthesisChoices, claim_folder
+from cbpq.tracing import batch_norms
 
 FREE_SETTINGS = ("checkpoint_minutes", "evaluate_every")  # they do not change the result
 
@@ -40,6 +42,9 @@ class Plan:
     choices: Mapping[str, Any] = field(default_factory=dict)
     """Which layers, and how data are used: what settings do not say."""
     warnings: list[str] = field(default_factory=list)
+    synthesis: SynthesisChoices = field(default_factory=SynthesisChoices)
+    """How pictures are synthesised where there are no data."""
+    save_synthetic: Path | None = None
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: two runs that agree here give the same file."""
@@ -68,7 +73,7 @@ def plan(
     data: str | None = None,
     constraint: str = "two-bit-shift",
     method: str = "cbp",
-    preset: str = "default",
+    preset: str = AUTO,
     settings: Sequence[tuple[str, Mapping[str, Any]]] = (),
     weights: Path | None = None,
     arch: str | None = None,
@@ -80,6 +85,7 @@ def plan(
     val_from_train: float | None = None,
     limit_train: int | None = None,
     calibration: int | None = None,
+    save_synthetic: Path | None = None,
     workers: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -94,8 +100,9 @@ def plan(
 
     Args:
         source: see ``cbpq.models.load_model``, like ``weights``, ``arch``, ``pretrained`` and ``input_overrides``.
-        data: see ``cbpq.data.load_data``, like ``class_map`` and the five after it. None makes a plan that can only be
-            shown.
+        data: see ``cbpq.data.load_data``, like ``class_map`` and the five after it. Without it, ``calibration``
+            pictures are synthesised from the network.
+        save_synthetic: empty or new folder for these pictures.
         constraint: see ``cbpq.levels.level_set``.
         method: see ``cbpq.methods``.
         preset: see ``cbpq.presets.resolve``, like ``settings``.
@@ -110,19 +117,18 @@ def plan(
     """
     levels = level_set(constraint)
     method_class(method)
-    resolve(preset, layers=settings)
+    first = resolve("default" if preset == AUTO else preset, layers=settings).settings
+    if data is None:
+        check_no_data_flags(class_map, skip_bad_images, val_from_train, limit_train)
+    elif save_synthetic is not None:
+        raise UsageError("--save-synthetic keeps pictures that are synthesised where there are no data; leave out one")
+    if save_synthetic is not None:
+        claim_folder(save_synthetic)
     if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0):
         raise UsageError(f"the time limit must be a number of minutes above 0, not {max_minutes}")
     chosen_device = resolve_device(device)
     loaded = load_model(source, weights=weights, arch=arch, pretrained=pretrained, input_overrides=input_overrides)
     spec = loaded.info.input_spec
-    resolved = resolve(
-        preset,
-        architecture=loaded.info.architecture,
-        input_size=max(spec.height, spec.width),
-        constraint=levels.name,
-        layers=settings,
-    )
     layers = choose_layers(
         loaded.model,
         input_spec=spec,
@@ -137,9 +143,9 @@ def plan(
             data,
             spec,
             loaded.num_classes,
-            batch_size=resolved.settings.batch_size,
+            batch_size=first.batch_size,
             workers=workers,
-            seed=resolved.settings.seed,
+            seed=first.seed,
             class_map=class_map,
             skip_bad_images=skip_bad_images,
             augment=augment,
@@ -147,7 +153,18 @@ def plan(
             limit_train=limit_train,
             calibration=calibration,
         )
-        check_labels_for_loss(loaded_data, resolved.settings)
+    labelled = loaded_data is not None and loaded_data.labelled
+    resolved = resolve(
+        ("default" if labelled else "little-data") if preset == AUTO else preset,
+        architecture=loaded.info.architecture,
+        input_size=max(spec.height, spec.width),
+        constraint=levels.name,
+        layers=settings,
+    )
+    if loaded_data is not None:
+        loaded_data.set_batch_size(resolved.settings.batch_size)
+    if not labelled:
+        check_labels_for_loss(resolved.settings)
     choices = {
         "include": list(include),
         "exclude": list(exclude),
@@ -158,7 +175,12 @@ def plan(
         "calibration": calibration,
     }
     warnings = list(loaded.notes)
-    if loaded_data is not None and not loaded_data.labelled:
+    synthesis = SynthesisChoices.for_input(spec)
+    if calibration is not None:
+        synthesis = replace(synthesis, count=calibration)
+    if loaded_data is None:
+        warnings += notes_without_data(loaded)
+    elif not loaded_data.labelled:
         warnings += loaded_data.describe["notes"]
     return Plan(
         loaded,
@@ -174,16 +196,52 @@ def plan(
         command,
         choices,
         warnings,
+        synthesis,
+        save_synthetic,
     )
 
 
-def check_labels_for_loss(data: Data, settings: Settings) -> None:
+def notes_without_data(loaded: LoadedModel) -> list[str]:
+    """What a run without data is worth, in plain words."""
+    if batch_norms(loaded.model):
+        made = (
+            "no data were given: pictures are synthesised from the network's BatchNorm statistics, the original teaches"
+        )
+        worth = "accuracy cannot be measured, only agreement with the original on such pictures"
+        return [f"{made}; {worth}"]
+    return [
+        "no data were given, and the network has no BatchNorm that pictures could be synthesised from: weights are "
+        "rounded for noise with the moments of the preprocessing, which may cost much accuracy, and the agreement on "
+        "such noise says little; 200 pictures of the right kind, without labels, would help a lot (--data FOLDER)"
+    ]
+
+
+def check_no_data_flags(
+    class_map: Path | None, skip_bad_images: bool, val_from_train: float | None, limit_train: int | None
+) -> None:
+    """Refuse what only makes sense with data.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    given = {
+        "--class-map": class_map is not None,
+        "--skip-bad-images": skip_bad_images,
+        "--val-from-train": val_from_train is not None,
+        "--limit-train": limit_train is not None,
+    }
+    for flag, used in given.items():
+        if used:
+            raise UsageError(f"{flag} is about data, but there are none; add --data PATH, or leave it out")
+
+
+def check_labels_for_loss(settings: Settings) -> None:
     """Refuse a loss that needs labels where the training pictures have none.
 
     Raises:
         UsageError: naming the setting.
     """
-    if not data.labelled and settings.distillation < 1:
+    if settings.distillation < 1:
         raise UsageError(
             f"the training pictures have no labels, which setting distillation = {settings.distillation:g} needs; "
             "give --set distillation=1, or labelled pictures"

@@ -14,57 +14,106 @@ from typing import Any, get_args
 
 from cbpq.errors import UsageError, did_you_mean
 
-PRESETS = ("default", "paper")
+PRESETS = ("default", "paper", "little-data")
+AUTO = "auto"
+"""``default`` where training pictures have labels, ``little-data`` where not."""
 
 
 def _setting(
-    paper: Any, default: Any, text: str, *, choices: Sequence[str] = (), least: float = 0, most: float = math.inf
+    paper: Any,
+    default: Any,
+    little_data: Any,
+    text: str,
+    *,
+    choices: Sequence[str] = (),
+    least: float = 0,
+    most: float = math.inf,
 ) -> Any:
-    metadata = {"paper": paper, "help": text, "choices": tuple(choices), "least": least, "most": most}
+    values = {"paper": paper, "default": default, "little-data": little_data}
+    metadata = {"values": values, "help": text, "choices": tuple(choices), "least": least, "most": most}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run's settings. Columns: value in preset ``paper``, value in preset ``default``, meaning."""
+    """One run's settings. Columns: value in preset ``paper``, in ``default``, in ``little-data``, and the meaning."""
 
     # the budget and the optimizer
-    epochs: int = _setting(100, 10, "passes over the training data (the published code has no stopping rule)")
-    batch_size: int = _setting(256, 128, "images per step", least=1)
-    optimizer: str = _setting("sgd", "sgd", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
-    lr: float = _setting(1e-3, 2e-2, "learning rate (its peak, where there is a schedule)")
-    lr_schedule: str = _setting("constant", "cosine", "over the budget", choices=("constant", "cosine"))
-    warmup: float = _setting(0.0, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
-    momentum: float = _setting(0.9, 0.9, "of SGD", most=1)
-    weight_decay: float = _setting(1e-4, 1e-4, "on convolution and linear weights, none on biases and normalisations")
-    seed: int = _setting(0, 0, "of data order, augmentation and anything else random", most=2**63 - 1)
+    epochs: int = _setting(100, 10, 10, "passes over the training data (the published code has no stopping rule)")
+    batch_size: int = _setting(256, 128, 128, "images per step", least=1)
+    optimizer: str = _setting("sgd", "sgd", "sgd", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
+    lr: float = _setting(1e-3, 2e-2, 2e-2, "learning rate (its peak, where there is a schedule)")
+    lr_schedule: str = _setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
+    warmup: float = _setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
+    momentum: float = _setting(0.9, 0.9, 0.9, "of SGD", most=1)
+    weight_decay: float = _setting(
+        1e-4, 1e-4, 1e-4, "on convolution and linear weights, none on biases and normalisations"
+    )
+    seed: int = _setting(0, 0, 0, "of data order, augmentation and anything else random", most=2**63 - 1)
+    epoch_images: int = _setting(
+        0, 0, 4096, "images in an epoch at least: fewer pictures are gone through several times in one (0: once)"
+    )
+    # before training
+    rounding: str = _setting(
+        "nearest", "nearest", "compensated", "first rounding of the weights", choices=("nearest", "compensated")
+    )
+    latent_weights: str = _setting(
+        "original",
+        "original",
+        "compensated",
+        "what training takes from the rounding: the weights as they were (original), as they were just before they "
+        "were placed (compensated), or as they are on their levels (snapped)",
+        choices=("original", "compensated", "snapped"),
+    )
+    reconstruction_steps: int = _setting(0, 0, 300, "steps for each block in which it learns the original's outputs")
+    reconstruction_lr: float = _setting(1e-2, 1e-2, 1e-2, "learning rate of these steps (its peak)")
+    reconstruction_images: int = _setting(
+        0, 0, 2048, "images for it at least: fewer pictures are augmented several times", least=0
+    )
     # the loss
     distillation: float = _setting(
-        0.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
+        0.0, 1.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
     )
-    temperature: float = _setting(1.0, 1.0, "of the distillation's softmax", least=1e-3)
+    temperature: float = _setting(1.0, 1.0, 1.0, "of the distillation's softmax", least=1e-3)
+    feature_distillation: float = _setting(
+        0.0, 0.0, 1.0, "weight of the blocks' outputs, compared with the original's, beside those of the network"
+    )
+    # normalisation
+    batchnorm: str = _setting(
+        "batch",
+        "batch",
+        "batch",
+        "statistics that BatchNorm uses in training: each batch's, or the frozen running ones",
+        choices=("batch", "frozen"),
+    )
     # the grid
-    scale_rule: str = _setting("mean-abs", "least-squares", "first scale", choices=("mean-abs", "least-squares"))
-    scale_granularity: str = _setting("layer", "channel", "one scale for each", choices=("layer", "channel"))
-    learn_scales: bool = _setting(False, True, "train the scales along with the weights")
-    scale_lr: float = _setting(1.0, 1.0, "learning rate of learned scales, as a multiple of lr")
+    scale_rule: str = _setting(
+        "mean-abs", "least-squares", "least-squares", "first scale", choices=("mean-abs", "least-squares")
+    )
+    scale_granularity: str = _setting("layer", "channel", "channel", "one scale for each", choices=("layer", "channel"))
+    learn_scales: bool = _setting(False, True, True, "train the scales along with the weights")
+    scale_lr: float = _setting(1.0, 1.0, 1.0, "learning rate of learned scales, as a multiple of lr")
     # the method
-    multiplier_lr: float = _setting(1e-4, 1e-4, "step size of the ascent in the multipliers")
+    multiplier_lr: float = _setting(1e-4, 1e-4, 1e-4, "step size of the ascent in the multipliers")
     multiplier_schedule: str = _setting(
-        "lagrangian", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
+        "lagrangian", "progress", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
     )
-    patience: int = _setting(20, 20, "p_max, epochs between multiplier updates (schedule lagrangian)", least=1)
-    multiplier_updates: int = _setting(50, 50, "multiplier updates in the whole budget (schedule progress)")
+    patience: int = _setting(20, 20, 20, "p_max, epochs between multiplier updates (schedule lagrangian)", least=1)
+    multiplier_updates: int = _setting(50, 50, 50, "multiplier updates in the whole budget (schedule progress)")
     window_close: float = _setting(
-        0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
+        0.9, 0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
     )
-    gradient_clip: float = _setting(1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none")
-    clamp: float = _setting(1.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
-    lr_drop: float = _setting(0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
+    gradient_clip: float = _setting(
+        1.0, 1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none"
+    )
+    clamp: float = _setting(1.0, 0.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
+    lr_drop: float = _setting(0.1, 0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
     # the end, and the way there
-    batchnorm_batches: int = _setting(0, 100, "training batches to re-estimate BatchNorm statistics from at the end")
-    evaluate_every: int = _setting(1, 1, "epochs between evaluations while training, 0 for none")
-    checkpoint_minutes: float = _setting(5.0, 5.0, "minutes between checkpoints within an epoch")
+    batchnorm_batches: int = _setting(
+        0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
+    )
+    evaluate_every: int = _setting(1, 1, 1, "epochs between evaluations while training, 0 for none")
+    checkpoint_minutes: float = _setting(5.0, 5.0, 5.0, "minutes between checkpoints within an epoch")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name."""
@@ -131,7 +180,7 @@ def resolve(
 
     lay(
         f"preset {preset}",
-        {name: entry.metadata["paper"] if preset == "paper" else entry.default for name, entry in SETTINGS.items()},
+        {name: entry.metadata["values"][preset] for name, entry in SETTINGS.items()},
     )
     if preset == "paper":
         model = paper_model(architecture, input_size)

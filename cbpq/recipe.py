@@ -1,4 +1,6 @@
-"""Optimizer and loss of a run, as its settings say."""
+"""Optimizer, learning rate and loss of a run, as its settings say."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+def cosine(progress: float) -> float:
+    """Factor on a learning rate that falls from 1 to 0 (Loshchilov & Hutter 2017)."""
+    return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
 def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:

@@ -18,7 +18,10 @@ ABBREVIATED_ROWS = 12
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One constrained weight; ``relative_error`` is ‖w_c − w_0‖/‖w_0‖ against the original, ``zeros`` a share 0..1."""
+    """One constrained weight; ``relative_error`` is ‖w_c − w_0‖/‖w_0‖ against the original, ``zeros`` a share 0..1.
+
+    ``snr`` is the signal-to-noise ratio of its layer's outputs in dB, see ``cbpq.noise``; None if it was not measured.
+    """
 
     name: str
     constraint: str
@@ -28,6 +31,18 @@ class LayerRow:
     relative_error: float
     zeros: float
     cfs: float
+    snr: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How good the network was after a part of the run: accuracy and agreement in percent, time, most memory in use."""
+
+    name: str
+    top1: float | None
+    agreement: float | None
+    seconds: float
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Report:
     versions: Mapping[str, Any]
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = field(default=())
+    stages: tuple[Stage, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``report.json``: plain JSON types, None for a number that is not finite."""
@@ -113,6 +129,7 @@ class Report:
         }
         parts = [
             accuracy_section(self.quantized, self.original, self.comparison),
+            stage_section(self.stages),
             size_section(self.sizes),
             _layer_section(self.layers, total, abbreviated),
             _skipped_section(self.skipped, total, abbreviated),
@@ -160,6 +177,24 @@ def _agreement_section(result: Mapping[str, Any], comparison: Mapping[str, Any] 
     )
     rows = [("same answer as the original", agreement)]
     return Section("Agreement", ("", "share"), rows, frozenset(("share",)), notes=notes)
+
+
+def stage_section(stages: Sequence[Stage]) -> Section:
+    """Which part of the run won what."""
+    labelled = any(stage.top1 is not None for stage in stages)
+    rows = [
+        [
+            stage.name,
+            *([sections.percent(stage.top1)] if labelled else []),
+            sections.percent(stage.agreement),
+            sections.duration(stage.seconds),
+            sections.size(stage.peak_bytes) if stage.peak_bytes is not None else sections.UNKNOWN,
+        ]
+        for stage in stages
+    ]
+    numeric = (*(["top-1"] if labelled else []), "agreement", "time", "peak memory")
+    notes = ("agreement: same answer as the original. Each row goes on from the one before.",) if rows else ()
+    return Section("Stages", ("after", *numeric), rows, frozenset(numeric), notes=notes)
 
 
 def size_section(sizes: Mapping[str, Any]) -> Section:
@@ -239,13 +274,29 @@ def _comparison_notes(comparison: Mapping[str, Any] | None) -> list[str]:
     return notes
 
 
+_LAYER_NOTE = (
+    "error: ‖w − w₀‖ / ‖w₀‖, the constrained weight against the original one. SNR: signal to noise in the layer's "
+    "outputs, against the original's; the layers with the least hurt most."
+)
+
+
+def _harm(row: LayerRow) -> tuple[float, float]:
+    """What layers are ordered by: noise in the outputs, then change of the weights."""
+    known = row.snr is not None and not math.isnan(row.snr)
+    return (-(row.snr or 0.0) if known else -math.inf, row.relative_error)
+
+
+def _decibels(snr: float | None) -> str:
+    return sections.UNKNOWN if snr is None or not math.isfinite(snr) else f"{snr:.1f} dB"
+
+
 def _layer_section(layers: Sequence[LayerRow], total: int, abbreviated: bool) -> Section:
     shown = list(layers)
-    notes = ["error: ‖w − w₀‖ / ‖w₀‖, the constrained weight against the original one."] if layers else []
+    notes = [_LAYER_NOTE] if layers else []
     if abbreviated and len(shown) > TERMINAL_ROWS:
-        shown = sorted(shown, key=lambda row: -row.relative_error)[:ABBREVIATED_ROWS]
-        notes.append(f"The {len(shown)} layers with the largest error, of {len(layers)}.")
-    numeric = ("weights", "share", "bits", "error", "zeros", "CFS")
+        shown = sorted(shown, key=_harm, reverse=True)[:ABBREVIATED_ROWS]
+        notes.append(f"The {len(shown)} layers that hurt most, of {len(layers)}.")
+    numeric = ("weights", "share", "bits", "error", "SNR", "zeros", "CFS")
     columns = ["layer", "constraint", "shape", *numeric]
     rows = [
         [
@@ -256,6 +307,7 @@ def _layer_section(layers: Sequence[LayerRow], total: int, abbreviated: bool) ->
             sections.share(row.parameters / total),
             sections.significant(row.bits_per_weight),
             sections.number(row.relative_error, 3),
+            _decibels(row.snr),
             sections.share(row.zeros),
             sections.significant(row.cfs, 2),
         ]

@@ -82,6 +82,8 @@ class Chosen:
     val: Part
     val_split: str
     share: float | None
+    skipped: tuple[str, ...] = ()
+    """Names of the pictures that cannot be read."""
 
 
 def open_local(path: str, num_classes: int, class_map: Path | None) -> Splits:

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 import cbpq
 from cbpq.constrained import Constrained
+from cbpq.data import Data
 from cbpq.devices import describe_device
 from cbpq.evaluation import Predictions, compare, summarize
 from cbpq.fileformat import ConstrainedTensor, read
 from cbpq.inspection import sizes_of
 from cbpq.levels import total
 from cbpq.planning import FREE_SETTINGS, Plan
-from cbpq.report import LayerRow, Report, SkippedRow
+from cbpq.report import LayerRow, Report, SkippedRow, Stage
 from cbpq.training import Run
 
 
@@ -58,8 +59,16 @@ def build_report(
     final: Predictions,
     path: Path,
     seconds: Mapping[str, float],
+    *,
+    data: Data,
+    stages: Sequence[Stage],
+    noise: Mapping[str, float],
 ) -> Report:
-    """The report of a finished run. ``before`` is the original state dict, ``path`` the file that was written."""
+    """The report of a finished run.
+
+    ``before`` is the original state dict, ``path`` the file that was written, ``noise`` the layers' signal-to-noise
+    ratio in dB.
+    """
     content = read(path)
     window = run.constrained.method.describe().get("window")
     return Report(
@@ -69,13 +78,14 @@ def build_report(
         method=job.method,
         preset=job.resolved.preset,
         settings=job.resolved.to_dict(),
-        data=job.data.describe if job.data else {},
+        data=data.describe,
         original=summarize(original).to_dict(),
         quantized=summarize(final).to_dict(),
         comparison=compare(final, original).to_dict(),
         sizes=sizes_of(content, path.stat().st_size),
         layers=tuple(
-            layer_row(name, content.constrained[name], before[name], run.constrained) for name in run.constrained.names
+            layer_row(name, content.constrained[name], before[name].cpu(), run.constrained, noise.get(name))
+            for name in run.constrained.names
         ),
         skipped=tuple(
             SkippedRow(name, tuple(before[name].shape), before[name].numel(), reason)
@@ -92,10 +102,22 @@ def build_report(
         versions=versions(job.device),
         seconds=seconds,
         warnings=tuple(job.warnings),
+        stages=tuple(stages),
     )
 
 
-def layer_row(name: str, tensor: ConstrainedTensor, before: Tensor, constrained: Constrained) -> LayerRow:
+def stage_row(
+    name: str, predictions: Predictions, original: Predictions, seconds: float, peak_bytes: int | None
+) -> Stage:
+    """The row of a stage, from what the network said after it."""
+    measured = summarize(predictions, original)
+    agreement = measured.comparison.agreement if measured.comparison else None
+    return Stage(name, measured.top1, agreement, seconds, peak_bytes)
+
+
+def layer_row(
+    name: str, tensor: ConstrainedTensor, before: Tensor, constrained: Constrained, snr: float | None
+) -> LayerRow:
     """How one constrained weight came out: error relative to the original, zeros, and what is left of its CFS."""
     after = torch.from_numpy(tensor.weight())
     distance = constrained.grid(name).distance(constrained.latent(name)).detach()
@@ -108,6 +130,7 @@ def layer_row(name: str, tensor: ConstrainedTensor, before: Tensor, constrained:
         relative_error=float((after - before).norm() / before.norm().clamp_min(1e-30)),
         zeros=tensor.sparsity,
         cfs=total(distance) / distance.numel(),
+        snr=snr,
     )
 
 

@@ -130,6 +130,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The network's BatchNorm layers, of any dimension."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def one_line(error: BaseException) -> str:
     """The first line of a foreign exception, for a message of our own."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -11,7 +11,7 @@ nothing had happened (bit for bit on a CPU).
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cbpq.blocks import find_blocks
+from cbpq.compensation import Start
 from cbpq.constrained import Constrained, bind
 from cbpq.data import Batch, TrainLoader
 from cbpq.errors import TrainingError
+from cbpq.features import FeaturePair
 from cbpq.layers import LayerChoice
 from cbpq.levels import LevelSet
 from cbpq.models import auxiliary_logits, logits
 from cbpq.presets import Settings
-from cbpq.recipe import loss_of, make_optimizer
-from cbpq.tracing import one_line
+from cbpq.recipe import cosine, loss_of, make_optimizer
+from cbpq.tracing import batch_norms, one_line
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
 MEASURE_EVERY = 10  # steps between measurements of CFS and Lagrangian, which pass over all weights
@@ -86,6 +89,7 @@ class Run:
     loss_sum: float = 0.0
     images_seen: int = 0
     done: bool = False
+    features: FeaturePair | None = None
     _clock: Callable[[], float] = field(default=time.monotonic, repr=False)
 
     @property
@@ -131,20 +135,28 @@ def prepare(
     device: torch.device,
     amp: bool = False,
     max_seconds: float = math.inf,
+    teacher: nn.Module | None = None,
+    starts: Mapping[str, Start] | None = None,
 ) -> Run:
-    """Put a run together. ``model`` is constrained in place and is its own teacher, as it was, where the settings
-    distil.
+    """Put a run together. ``model`` is constrained in place.
+
+    Where the settings distil, ``teacher`` is the original network, by default ``model`` as it is. ``starts`` says where
+    each weight starts, by default at what it is.
     """
     torch.manual_seed(settings.seed)
     model.to(device)
-    teacher = None
-    if settings.distillation:
+    if not settings.distillation:
+        teacher = None
+    elif teacher is None:
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, settings)
-    constrained = bind(model, optimizer, levels, method, settings, layers)
+    constrained = bind(model, optimizer, levels, method, settings, layers, starts)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     run = Run(model, teacher, constrained, optimizer, loader, settings, device, amp, max_seconds)
+    if teacher is not None and settings.feature_distillation:
+        images = next(iter(loader.epoch(0))).images.to(device)
+        run.features = FeaturePair(model, teacher, find_blocks(model, constrained.names, images))
     run.done = settings.epochs == 0
     return run
 
@@ -156,6 +168,9 @@ def train(run: Run) -> Iterator[Event]:
         TrainingError: the loss is not finite.
     """
     run.model.train()
+    if run.settings.batchnorm == "frozen":
+        for norm in batch_norms(run.model):
+            norm.eval()
     while not run.done:
         started, first = run._clock() - run.seconds, run.step
         epoch_started = run._clock()
@@ -186,6 +201,8 @@ def take_step(run: Run, batch: Batch) -> float:
         loss = loss_of(logits(output), labels, target, run.settings)
         for auxiliary in auxiliary_logits(output):
             loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)
+        if run.features is not None:
+            loss = loss + run.settings.feature_distillation * run.features.loss()
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(
@@ -218,7 +235,7 @@ def set_lr(run: Run) -> None:
     if progress < settings.warmup:
         factor = (progress + 1 / max(settings.epochs * len(run.loader), 1)) / settings.warmup
     elif settings.lr_schedule == "cosine":
-        factor = 0.5 + 0.5 * math.cos(math.pi * (progress - settings.warmup) / max(1 - settings.warmup, 1e-9))
+        factor = cosine((progress - settings.warmup) / max(1 - settings.warmup, 1e-9))
     else:
         factor = 1.0
     for group in run.optimizer.param_groups:
@@ -262,9 +279,10 @@ def _end_epoch(run: Run, seconds: float) -> EpochEnd:
 def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
     """Put every weight on its level, and re-estimate BatchNorm statistics for the weights as they are now."""
     run.constrained.finish()
-    count = min(run.settings.batchnorm_batches, len(run.loader))
-    norms = [module for module in run.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    if run.features is not None:
+        run.features.remove()
+    count = min(run.settings.batchnorm_batches, len(run.loader)) if run.steps else 0
+    norms = [norm for norm in batch_norms(run.model) if norm.track_running_stats]
     run.model.eval()
     if not count or not norms:
         return

@@ -37,6 +37,7 @@ from cbpq.cli.common import (
     print_json,
     stderr,
     stdout,
+    warn,
 )
 
 CONSTRAINT = "Constraint and method"
@@ -56,7 +57,7 @@ def command(
             "--data",
             metavar="PATH",
             help="Folder with train/ and val/, folder of class folders or of pictures without labels, .npz file, or a "
-            "timm reader such as hfds/….",
+            "timm reader such as hfds/…. Without it, pictures are synthesised from the network.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -79,12 +80,22 @@ def command(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="default: short recipe for a budget of epochs. paper: as published.",
+            help="default: short recipe for a budget of epochs. little-data: for few pictures without labels, or none. "
+            "paper: as published. By itself default or little-data, as the data are.",
             rich_help_panel=CONSTRAINT,
         ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", metavar="N", help="Passes over the data.", rich_help_panel=CONSTRAINT)
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            "--rounding",
+            metavar="RULE",
+            help="First rounding: nearest, or compensated for its own errors. --epochs 0 stops after it.",
+            rich_help_panel=CONSTRAINT,
+        ),
     ] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", metavar="X", help="Learning rate.", rich_help_panel=CONSTRAINT)
@@ -156,7 +167,16 @@ def command(
             "--calibration",
             metavar="N",
             min=1,
-            help="Use N pictures where they have no labels (1024, or all there are).",
+            help="Use N pictures where they have no labels (1024, or all there are); without data, synthesise N.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    save_synthetic: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-synthetic",
+            metavar="FOLDER",
+            help="Without data: keep the synthesised pictures, and a contact sheet of them.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -206,6 +226,7 @@ def command(
       cbpq quantize timm:resnet18.a1_in1k --pretrained --data imagenet/ -c ternary --epochs 3 -o out
       cbpq quantize nets.my:make --weights my.pth --data pictures.npz -c binary --min-top1 90
       cbpq quantize resnet18.pth --data folder-of-pictures/ --calibration 256 --min-agreement 90
+      cbpq quantize resnet18.pth --constraint two-bit-shift
     """
     from cbpq.configuration import combine
 
@@ -221,6 +242,7 @@ def command(
         "device": device,
         "amp": amp or None,
         "epochs": epochs,
+        "rounding": rounding,
         "lr": lr,
         "batch_size": batch_size,
         "seed": seed,
@@ -250,17 +272,19 @@ def command(
         val_from_train=val_from_train,
         limit_train=limit_train,
         calibration=calibration,
+        save_synthetic=save_synthetic,
         workers=workers,
         max_minutes=max_time,
         command=shlex.join(["cbpq", *sys.argv[1:]]),
         **choices,
     )
-    if job.data is not None:
-        check_labels_for_gates(job.data.val_labelled, min_top1=min_top1, max_drop=max_drop)
+    check_labels_for_gates(job.data is not None and job.data.val_labelled, min_top1=min_top1, max_drop=max_drop)
     console = stderr(quiet)
     if dry_run:
         show_plan(job, origins, stdout(), as_json=json)
         return
+    for text in job.warnings:
+        warn(console, text)
     with Display(console) as display:
         report = execute(
             job, folder, resume=resume, overwrite=overwrite, listener=display.show, should_stop=display.should_stop

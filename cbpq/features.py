@@ -1,0 +1,49 @@
+"""What the blocks of a network give, beside what the original's blocks give: the loss of feature distillation.
+
+Outputs alone say little where pictures are few, and almost nothing where the original is sure of every one, as it is of
+the pictures it was trained on. What its blocks give says more (FitNets, Romero et al., ICLR 2015, arXiv 1412.6550).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cbpq.blocks import Block
+
+
+class FeaturePair:
+    """Keeps the blocks' outputs of a network and of its teacher in each forward pass."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, blocks: Sequence[Block]) -> None:
+        self._paths = [block.path for block in blocks if block.path]
+        self._own: dict[str, Tensor] = {}
+        self._teachers: dict[str, Tensor] = {}
+        self._hooks = [
+            network.get_submodule(path).register_forward_hook(_keeping(kept, path))
+            for network, kept in ((model, self._own), (teacher, self._teachers))
+            for path in self._paths
+        ]
+
+    def remove(self) -> None:
+        """Let go of both networks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._own.clear()
+        self._teachers.clear()
+
+    def loss(self) -> Tensor:
+        """Mean over blocks of the mean squared difference, each in units of its target's variance."""
+        terms = [
+            nn.functional.mse_loss(self._own[path].float(), self._teachers[path].float())
+            / self._teachers[path].float().var(correction=0).clamp_min(1e-12)
+            for path in self._paths
+        ]
+        return torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def _keeping(kept: dict[str, Tensor], path: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+        kept[path] = output.clone()  # what follows may change it in place
+
+    return hook

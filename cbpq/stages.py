@@ -1,0 +1,86 @@
+"""What happens to the weights before they are trained: rounding, and reconstruction block by block.
+
+Each function takes the network as the stage before left it, changes it in place, and returns where training starts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from cbpq.compensation import Rounding, Start, round_network
+from cbpq.data import Batch, Data
+from cbpq.levels import Grid, LevelSet
+from cbpq.presets import Settings
+
+MEMORY = 2**28  # bytes of pictures that the stages before training look at, at most
+FEWEST_PICTURES = 32  # looked at whatever they take
+
+
+def rounding(levels: LevelSet, settings: Settings, rule: str) -> Rounding:
+    """The choices of ``round_network`` as the settings make them."""
+    return Rounding(levels, rule, settings.scale_rule, settings.scale_granularity)
+
+
+def compensate(
+    network: nn.Module,
+    original: nn.Module,
+    names: Sequence[str],
+    levels: LevelSet,
+    settings: Settings,
+    images: Sequence[Tensor],
+    on_layer: Callable[[], object],
+) -> dict[str, Start]:
+    """Round with compensation."""
+    network.load_state_dict(original.state_dict())
+    return round_network(network, original, names, rounding(levels, settings, "compensated"), images, on_layer)
+
+
+@torch.no_grad()
+def handed_on(
+    network: nn.Module, original: nn.Module, starts: Mapping[str, Start], levels: LevelSet, latent_weights: str
+) -> dict[str, Start]:
+    """What later stages take over from rounding, by the setting ``latent_weights``.
+
+    ``compensated`` and ``snapped`` go on from the rounded network, with the weights as they were before they were
+    placed, or on their levels. ``original`` goes on from the original network, and takes over the scales only.
+    """
+    if latent_weights == "compensated":
+        return dict(starts)
+    if latent_weights == "snapped":
+        return {name: Start(Grid(levels, s.scale).nearest(s.latent), s.scale) for name, s in starts.items()}
+    network.load_state_dict(original.state_dict())
+    return {name: Start(original.get_parameter(name).detach().clone(), s.scale) for name, s in starts.items()}
+
+
+def calibration_images(data: Data, device: torch.device) -> list[Tensor]:
+    """Training pictures as they are for evaluation, in batches; as many as MEMORY takes."""
+    if data.calibration is not None:
+        return _some(data.calibration, device)
+    return _some(data.train.epoch(0), device) if data.train is not None else []
+
+
+def augmented_images(data: Data, settings: Settings, device: torch.device) -> list[Tensor]:
+    """``reconstruction_images`` training pictures as training sees them, in batches; as many as MEMORY takes."""
+    if data.train is None:
+        return []
+    loader = data.train
+    # epochs far from those that training draws, so that it sees other variants
+    batches = (batch for number in count(2**20) for batch in loader.epoch(number))
+    return _some(batches, device, max(settings.reconstruction_images, loader.images))
+
+
+def _some(batches: Iterable[Batch], device: torch.device, most: int | None = None) -> list[Tensor]:
+    return list(_limited((batch.images for batch in batches), device, most))
+
+
+def _limited(batches: Iterable[Tensor], device: torch.device, most: int | None) -> Iterator[Tensor]:
+    pictures = taken = 0
+    for images in batches:
+        if pictures >= FEWEST_PICTURES and taken + images.numel() * images.element_size() > MEMORY:
+            return
+        yield images.to(device)
+        pictures, taken = pictures + len(images), taken + images.numel() * images.element_size()
+        if most is not None and pictures >= most:
+            return
