@@ -1,9 +1,9 @@
 """Every setting of every preset, in one table: the fields of ``Settings``.
 
 ``paper`` is the published recipe of CBP (Kim & Jeong 2021, and the authors' code where the paper is silent), with its
-values per model in PAPER_MODELS. ``default`` is a short recipe for a budget of ``epochs``. Values come, the later the
-stronger, from the preset, the preset's line for the model, a configuration file, ``CBPQ_*`` variables and the caller
-(flags, keywords).
+values per model in PAPER_MODELS. ``default`` is a short recipe for a budget of ``epochs``, ``little-data`` one for few
+pictures without labels, or none. Values come, the later the stronger, from the preset, the preset's line for the model,
+a configuration file, ``CBPQ_*`` variables and the caller (flags, keywords).
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ class Settings:
     """One run's settings. Columns: value in preset ``paper``, in ``default``, in ``little-data``, and the meaning."""
 
     # the budget and the optimizer
-    epochs: int = _setting(100, 10, 10, "passes over the training data (the published code has no stopping rule)")
-    batch_size: int = _setting(256, 128, 128, "images per step", least=1)
+    epochs: int = _setting(100, 10, 16, "passes over the training data (the published code has no stopping rule)")
+    batch_size: int = _setting(256, 128, 64, "images per step", least=1)
     optimizer: str = _setting("sgd", "sgd", "sgd", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
-    lr: float = _setting(1e-3, 2e-2, 2e-2, "learning rate (its peak, where there is a schedule)")
+    lr: float = _setting(1e-3, 2e-2, 3e-2, "learning rate (its peak, where there is a schedule)")
     lr_schedule: str = _setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
     warmup: float = _setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
     momentum: float = _setting(0.9, 0.9, 0.9, "of SGD", most=1)
@@ -55,17 +55,17 @@ class Settings:
     )
     # before training
     rounding: str = _setting(
-        "nearest", "nearest", "compensated", "first rounding of the weights", choices=("nearest", "compensated")
+        "nearest", "compensated", "compensated", "first rounding of the weights", choices=("nearest", "compensated")
     )
     latent_weights: str = _setting(
         "original",
-        "original",
+        "compensated",
         "compensated",
         "what training takes from the rounding: the weights as they were (original), as they were just before they "
         "were placed (compensated), or as they are on their levels (snapped)",
         choices=("original", "compensated", "snapped"),
     )
-    reconstruction_steps: int = _setting(0, 0, 300, "steps for each block in which it learns the original's outputs")
+    reconstruction_steps: int = _setting(0, 0, 100, "steps for each block in which it learns the original's outputs")
     reconstruction_lr: float = _setting(1e-2, 1e-2, 1e-2, "learning rate of these steps (its peak)")
     reconstruction_images: int = _setting(
         0, 0, 2048, "images for it at least: fewer pictures are augmented several times", least=0
@@ -74,7 +74,7 @@ class Settings:
     distillation: float = _setting(
         0.0, 1.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
     )
-    temperature: float = _setting(1.0, 1.0, 1.0, "of the distillation's softmax", least=1e-3)
+    temperature: float = _setting(1.0, 1.0, 4.0, "of the distillation's softmax", least=1e-3)
     feature_distillation: float = _setting(
         0.0, 0.0, 1.0, "weight of the blocks' outputs, compared with the original's, beside those of the network"
     )
@@ -132,6 +132,10 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
     "cifar": {"lr": 1e-2, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-3},
 }
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
+# Little data: the finer the levels, the closer rounding comes, and the less training should move. Inputs above
+# SMALL_INPUT pixels are expensive; these values keep networks of ResNet-18's size to minutes on a CPU.
+LITTLE_DATA_SHIFT = {"lr": 3e-3}
+LITTLE_DATA_LARGE = {"batch_size": 32, "epoch_images": 256, "reconstruction_steps": 50, "reconstruction_images": 256}
 SMALL_INPUT = 64
 
 
@@ -187,6 +191,11 @@ def resolve(
         lay(f"preset paper, model {model}", PAPER_MODELS[model])
         if model in PAPER_SHIFT_LR and "shift" in constraint:
             lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
+    if preset == "little-data":
+        if "shift" in constraint:
+            lay("preset little-data, shift constraints", LITTLE_DATA_SHIFT)
+        if input_size > SMALL_INPUT:
+            lay("preset little-data, large inputs", LITTLE_DATA_LARGE)
     for origin, mapping in layers:
         lay(origin, mapping)
     return Resolved(preset, Settings(**values), origins)

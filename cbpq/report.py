@@ -128,7 +128,7 @@ class Report:
             "Versions": self.versions,
         }
         parts = [
-            accuracy_section(self.quantized, self.original, self.comparison),
+            accuracy_section(self.quantized, self.original, self.comparison, pictures=self.data.get("val_split") or ""),
             stage_section(self.stages),
             size_section(self.sizes),
             _layer_section(self.layers, total, abbreviated),
@@ -147,12 +147,13 @@ def accuracy_section(
     original: Mapping[str, Any] | None = None,
     comparison: Mapping[str, Any] | None = None,
     name: str = "quantized",
+    pictures: str = "",
 ) -> Section:
     """Top-1, top-5 and loss with their intervals, the network called ``name`` beside the original; for pictures without
-    labels, the agreement of the two.
+    labels, the agreement of the two, with what ``pictures`` it was measured on in words.
     """
     if quantized and "top1" in quantized and quantized["top1"] is None:
-        return _agreement_section(quantized, comparison)
+        return _agreement_section(quantized, comparison, pictures)
     results = {label: result for label, result in (("original", original), (name, quantized)) if result}
     rows = []
     for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss")):
@@ -169,10 +170,11 @@ def accuracy_section(
     return Section("Accuracy", columns, rows, frozenset(columns[1:]), notes=(*notes, *_comparison_notes(comparison)))
 
 
-def _agreement_section(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> Section:
+def _agreement_section(result: Mapping[str, Any], comparison: Mapping[str, Any] | None, pictures: str) -> Section:
     agreement = sections.percent((comparison or {}).get("agreement"), (comparison or {}).get("agreement_interval"))
+    which = f" ({pictures})" if pictures else ""
     notes = (
-        f"{sections.count(result.get('images'))} images; in brackets the 95 % interval.",
+        f"{sections.count(result.get('images'))} images{which}; in brackets the 95 % interval.",
         "Accuracy is not known, since the pictures have no labels.",
     )
     rows = [("same answer as the original", agreement)]

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "cbpq"
 # Each row may import from itself and from the rows above it.
 ROWS = (
     ("", "errors"),
-    ("inputs", "packing", "atomic", "container"),
+    ("inputs", "packing", "atomic", "container", "outputs"),
     ("levels", "scales", "rounding", "fileformat"),
     ("methods", "presets", "configuration"),
     (
@@ -54,7 +54,7 @@ ROWS = (
         "inspection",
     ),
     ("exports", "sections", "report"),
-    ("planning", "stages", "summary", "outputs", "pipeline"),
+    ("planning", "stages", "summary", "pipeline"),
     ("api",),
     ("cli", "__main__"),
 )
