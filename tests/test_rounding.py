@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from small_job import one_thread
 from torch import Tensor
 
 from cbpq import rounding
 from cbpq.levels import Grid, LevelSet, level_set
 from cbpq.rounding import DAMPING, Rounded, into_cells, round_compensated
 from cbpq.scales import initial_scale
-from tests.small_job import one_thread
 
 NAMES = ("two-bit-shift", "ternary", "binary", "levels:-1,-0.3,0.3,1", "levels:0,1")
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small_job import one_thread
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cbpq.uses import Use, watching
-from tests.small_job import one_thread
 
 
 @pytest.fixture(autouse=True, scope="module")
