@@ -5,8 +5,10 @@ forward pass, and maps one tensor to one tensor: a residual block, a transformer
 of such modules is taken apart, so that blocks stay small.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from cbpq.tracing import untouched
 
 MOST_WEIGHTS = 8
+UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,19 @@ class Block:
 
 @dataclass
 class _Calls:
-    """How a module was called in one forward pass."""
+    """How a module was called in one forward pass; the versions count the changes of a tensor in place."""
 
     count: int = 0
-    plain: bool = True
+    plain: bool = False
     input: Tensor | None = None
+    input_version: int = UNKNOWN
     output: Tensor | None = None
+    output_version: int = UNKNOWN
+
+    def gave_what_is_given_to(self, other: "_Calls") -> bool:
+        """Whether the output is the other's input, and nothing has changed it in between."""
+        same = self.output is not None and self.output is other.input
+        return same and self.output_version == other.input_version != UNKNOWN
 
 
 def find_blocks(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Block]:
@@ -48,23 +58,30 @@ def find_blocks(model: nn.Module, names: Sequence[str], images: Tensor) -> list[
 
     Returns:
         Blocks that hold every name exactly once. Weights that belong to no block (in modules that run more than once,
-        or not at all) come last, with the whole network as their block.
+        or not at all) have the whole network as their block, in as many parts as it takes to keep the order.
     """
     modules = dict(model.named_modules())
     calls = {path: _Calls() for path in modules}
 
-    def noting(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[object, ...], keywords: dict[str, object], output: object) -> None:
-            call = calls[path]
+    def before(call: _Calls) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], keywords: dict[str, object]) -> None:
             given = [value for value in (*inputs, *keywords.values()) if value is not None]
             call.count += 1
             call.input = given[0] if given and isinstance(given[0], Tensor) else None
-            call.output = output if isinstance(output, Tensor) else None
-            call.plain = len(given) == 1 and len(inputs) > 0 and call.input is not None and call.output is not None
+            call.input_version = version(call.input)
+            call.plain = len(given) == 1 and len(inputs) > 0 and call.input is not None
 
         return hook
 
-    handles = [module.register_forward_hook(noting(path), with_kwargs=True) for path, module in modules.items()]
+    def after(call: _Calls) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            call.output = output if isinstance(output, Tensor) else None
+            call.output_version = version(call.output)
+
+        return hook
+
+    handles = [modules[path].register_forward_pre_hook(before(call), with_kwargs=True) for path, call in calls.items()]
+    handles += [modules[path].register_forward_hook(after(call)) for path, call in calls.items()]
     try:
         with untouched(model), torch.no_grad():
             model(images[:1])
@@ -76,13 +93,14 @@ def find_blocks(model: nn.Module, names: Sequence[str], images: Tensor) -> list[
         return tuple(name for name in names if name.startswith(f"{path}.") or not path)
 
     def divide(path: str) -> Iterator[Block]:
-        held, call = holds(path), calls[path]
-        if not held:
+        held = holds(path)
+        if not held or path not in calls:  # a module of several names is known by the first of them
             return
+        call = calls[path]
         composite = [
             c for c, child in modules[path].named_children() if any(child.children()) and holds(_join(path, c))
         ]
-        whole = path and call.count == 1 and call.plain and len(held) <= MOST_WEIGHTS
+        whole = path and call.count == 1 and call.plain and call.output is not None and len(held) <= MOST_WEIGHTS
         if whole and not (isinstance(modules[path], nn.Sequential) and composite):
             yield Block(path, held)
             return
@@ -90,15 +108,14 @@ def find_blocks(model: nn.Module, names: Sequence[str], images: Tensor) -> list[
             yield from divide(_join(path, child))
 
     position = {name: number for number, name in enumerate(names)}
-    found = sorted(divide(""), key=lambda block: position[block.weights[0]])
+    found = list(divide(""))
+    covered = {name for block in found for name in block.weights}
+    for rest, run in groupby(names, key=lambda name: name not in covered):
+        found += [Block("", tuple(run))] if rest else []
     blocks: list[Block] = []
-    for block in found:
-        before = calls[blocks[-1].path].output if blocks else None
-        follows = before is not None and before is calls[block.path].input
+    for block in sorted(found, key=lambda block: position[block.weights[0]]):
+        follows = bool(blocks) and calls[blocks[-1].path].gave_what_is_given_to(calls[block.path])
         blocks.append(Block(block.path, block.weights, follows))
-    covered = {name for block in blocks for name in block.weights}
-    if rest := tuple(name for name in names if name not in covered):
-        blocks.append(Block("", rest))
     return blocks
 
 
@@ -121,12 +138,16 @@ def inputs_of(model: nn.Module, block: Block, batches: Iterable[Tensor]) -> Iter
     for images in batches:
         handle = model.get_submodule(block.path).register_forward_pre_hook(catch)
         try:
-            with untouched(model):
+            with contextlib.suppress(_ReachedError), untouched(model):
                 model(images)
-        except _ReachedError:
-            yield caught.pop()
         finally:
             handle.remove()
+        yield caught.pop()
+
+
+def version(tensor: Tensor | None) -> int:
+    """How often a tensor was changed in place."""
+    return UNKNOWN if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _join(path: str, child: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cbpq.blocks import Block, find_blocks, inputs_of
+from cbpq.blocks import Block, find_blocks, inputs_of, version
 from cbpq.levels import Grid, LevelSet
 from cbpq.rounding import round_compensated
 from cbpq.scales import initial_scale
@@ -26,6 +26,7 @@ COLUMNS = 2**16  # input columns that a layer's moments are made of; more where 
 COLUMNS_PER_INPUT = 32
 MEMORY = 2**30  # bytes of activations that are kept at a time
 FEWEST_PICTURES = 32  # kept whatever they take
+ROUNDOFF = 1e-6  # an input that varies by less than this share of its mean is constant: about ten units of float32
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,16 @@ def _uses(model: nn.Module, block: Block, name: str, inputs: Tensor) -> list[Use
 
 
 class _Moments:
-    """H = Σ x̃ x̃ᵀ and C = Σ x x̃ᵀ over input columns, and their means; ``centred`` takes both about the means."""
+    """H = Σ x̃ x̃ᵀ and C = Σ x x̃ᵀ over input columns, and their means; ``centred`` takes both about the means.
+
+    For that, the means of the first batch are subtracted at once, since float32 sums of squares far from zero would
+    leave little of the variance.
+    """
 
     def __init__(self, centred: bool) -> None:
         self._centred = centred
         self._count = 0
+        self._base = self._true_base = torch.zeros(())
         self._own = self._cross = self._mean = self._true_mean = torch.zeros(())
 
     def add(self, true: Use, rounded: Use, seed: int, pictures: int) -> None:
@@ -145,10 +151,14 @@ class _Moments:
         generator = torch.Generator().manual_seed(seed)  # of its own: the global one stays as it is
         chosen = torch.randperm(rounded.positions, generator=generator)[:wanted]
         x, y = true.columns(chosen), rounded.columns(chosen)  # (G, K, N)
-        self._own = self._own + (y @ y.mT).double().cpu()
-        self._cross = self._cross + (x @ y.mT).double().cpu()
-        self._mean = self._mean + y.double().sum(2, keepdim=True).cpu()
-        self._true_mean = self._true_mean + x.double().sum(2, keepdim=True).cpu()
+        if self._centred and not self.seen:
+            self._true_base, self._base = (part.mean(2, keepdim=True) for part in (x, y))
+        x, y = x - self._true_base, y - self._base
+        # to the CPU first: not every device has float64
+        self._own = self._own + (y @ y.mT).cpu().double()
+        self._cross = self._cross + (x @ y.mT).cpu().double()
+        self._mean = self._mean + y.sum(2, keepdim=True).cpu().double()
+        self._true_mean = self._true_mean + x.sum(2, keepdim=True).cpu().double()
         self._count += x.shape[2]
 
     @property
@@ -161,11 +171,17 @@ class _Moments:
         if not self._centred:
             return self._own, self._cross
         mean = self._mean.mT / self._count
-        return self._own - self._mean @ mean, self._cross - self._true_mean @ mean
+        own = self._own - self._mean @ mean
+        constant = own.diagonal(dim1=1, dim2=2) <= self._count * (ROUNDOFF * self._base.cpu().double()[:, :, 0]) ** 2
+        return own.masked_fill(torch.diag_embed(constant), 0), self._cross - self._true_mean @ mean
 
     def mean_shift(self, before: Tensor, after: Tensor) -> Tensor:
         """How much more the original weight's outputs (G, R, K) are on average than the rounded weight's, (G · R,)."""
-        return ((before @ self._true_mean - after @ self._mean) / self._count).flatten()
+        true_mean, mean = (
+            part / self._count + base.cpu().double()
+            for part, base in ((self._true_mean, self._true_base), (self._mean, self._base))
+        )
+        return (before @ true_mean - after @ mean).flatten()
 
 
 @dataclass(frozen=True)
@@ -221,20 +237,22 @@ def _correctors(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[
     biases = {name: name.removesuffix("weight") + "bias" for name in names}
     found = {name: _Corrector(parameters[bias], 1) for name, bias in biases.items() if bias in parameters}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names if name.endswith(".weight")}
-    outputs: dict[int, tuple[str, Tensor]] = {}
+    outputs: dict[int, tuple[str, Tensor, int]] = {}
 
     def layer_hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             if isinstance(output, Tensor):
-                outputs[id(output)] = (name, output)  # kept, so that its id is not given to another tensor
+                # kept, so that its id is not given to another tensor
+                outputs[id(output)] = (name, output, version(output))
 
         return hook
 
     def norm_hook(module: nn.Module, inputs: tuple[object, ...]) -> None:
-        name, _ = outputs.get(id(inputs[0]), ("", None))
         mean = getattr(module, "running_mean", None)
-        if name and isinstance(mean, Tensor):
-            found.setdefault(name, _Corrector(mean, -1))
+        if inputs and id(inputs[0]) in outputs and isinstance(mean, Tensor):
+            name, output, changes = outputs[id(inputs[0])]
+            if version(output) == changes:  # else an activation in place lies between
+                found.setdefault(name, _Corrector(mean, -1))
 
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in layers.items()]

@@ -67,18 +67,19 @@ def round_compensated(
         cross: C, (G, K, K), where the original network's inputs differ.
         per_row: a scale for each row, else one for the layer.
     """
-    h = moment.double().cpu()
-    size = h.diagonal(dim1=1, dim2=2)
+    h = moment.cpu().double()
+    size = h.diagonal(dim1=1, dim2=2).clamp_min(0)  # roundoff may leave a little less than nothing
     # what weighs most is placed first, while all the others can still make up for it
     order = size.argsort(dim=1, descending=True, stable=True)
-    original, h = _columns(weight.detach().double().cpu(), order), _both(h, order)
+    original, h = _columns(weight.detach().cpu().double(), order), _both(h, order)
     # an input that is always 0: its weights have no say, and are rounded on their own
     dead = size.gather(1, order) <= 0
+    h = h.masked_fill(dead.unsqueeze(1) | dead.unsqueeze(2), 0)
     h = h + torch.diag_embed(dead * size.mean(dim=1, keepdim=True).clamp_min(1e-30))
     factor, damping = _inverse_factor(h)
     target = original
     if cross is not None:  # W* of Σ‖W x − V x̃‖² + δ‖V − W‖²: the damping pulls it towards W
-        right = original @ _both(cross.double().cpu(), order) + damping * original
+        right = original @ _both(cross.cpu().double(), order) + damping * original
         target = torch.where(dead.unsqueeze(1), original, right @ factor.mT @ factor)
     scale, latent = reduce(_better, _trials(target, h, factor, levels, per_row))[1:]
     back = order.argsort(dim=1)

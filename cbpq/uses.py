@@ -96,7 +96,7 @@ class _Watcher(TorchFunctionMode):
         elif func is functional.linear:
             given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             if name := self._weights.get(id(given["weight"])):
-                self._found(name, Use(given["input"].detach()))
+                self._found(name, Use(torch.atleast_2d(given["input"].detach())))
         elif func is functional.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
