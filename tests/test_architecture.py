@@ -40,9 +40,9 @@ ROWS = (
     ),
     ("compensation", "weights", "constrained"),
     ("pictures", "transforms", "loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
-    ("recipe", "training", "evaluation", "checkpoint", "devices", "model_file", "inspection"),
+    ("outputs", "recipe", "training", "evaluation", "checkpoint", "synthesis", "devices", "model_file", "inspection"),
     ("exports", "sections", "report"),
-    ("planning", "summary", "outputs", "pipeline"),
+    ("planning", "summary", "pipeline"),
     ("api",),
     ("cli", "__main__"),
 )
