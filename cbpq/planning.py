@@ -18,8 +18,7 @@ from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
 from cbpq.presets import AUTO, Resolved, Settings, resolve
-from cbpq.synthesis import SynthesisChoices, claim_folder
-from cbpq.tracing import batch_norms
+from cbpq.synthesis import SynthesisChoices, claim_folder, remembering
 
 FREE_SETTINGS = ("checkpoint_minutes", "evaluate_every")  # they do not change the result
 
@@ -203,7 +202,7 @@ def plan(
 
 def notes_without_data(loaded: LoadedModel) -> list[str]:
     """What a run without data is worth, in plain words."""
-    if batch_norms(loaded.model):
+    if remembering(loaded.model):
         made = (
             "no data were given: pictures are synthesised from the network's BatchNorm statistics, the original teaches"
         )

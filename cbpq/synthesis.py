@@ -2,11 +2,11 @@
 
 A network with BatchNorm remembers the mean and variance that the inputs of every BatchNorm had on the pictures it was
 trained with. Pictures that start as smooth noise are optimised until a batch of them has these very moments (ZeroQ, Cai
-et al., CVPR 2020, arXiv 2001.00281), the network is sure of a class for each of them, every class as often as any
-other, and neighbouring pixels differ little (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795). Each step sees
-them mirrored and rolled by a few pixels at random, so that no detail depends on its place. They are no photographs, but
-the layers' inputs correlate as they do for photographs, which is what rounding and distillation need (GDFQ, Xu et al.,
-ECCV 2020, arXiv 2003.03603, and Genie, Jeon et al., CVPR 2023, arXiv 2212.04780, train a generator to the same end).
+et al., CVPR 2020, arXiv 2001.00281), and until the network is sure of a class for each of them, of every class as often
+as of any other (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795). Each step sees them mirrored and rolled by a
+few pixels at random, so that no detail depends on its place. They are no photographs, but the inputs of layers
+correlate much as for photographs, which is what rounding and distillation need. (GDFQ, Xu et al., ECCV 2020, arXiv
+2003.03603, and Genie, Jeon et al., CVPR 2023, arXiv 2212.04780, train a generator to the same end.)
 
 A network without BatchNorm remembers nothing. It gets noise with the moments its preprocessing promises, and with the
 1/f amplitudes of natural pictures (Field 1987); expect much less of that.
@@ -28,7 +28,7 @@ from cbpq.errors import CbpqError, UsageError
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
 from cbpq.outputs import writing
-from cbpq.tracing import untouched, unwrapped
+from cbpq.tracing import batch_norms, untouched, unwrapped
 
 SHARED = 0.8  # share of the variance of noise that all channels have in common: photographs are mostly light and shade
 GAP = 2  # pixels between the pictures of a contact sheet
@@ -39,40 +39,39 @@ class SynthesisChoices:
     """How many pictures, and how they are optimised.
 
     Each batch of ``batch_size`` pictures takes ``steps`` steps of Adam, the learning rate falling from ``lr`` to 0
-    along half a cosine. To the mismatch with BatchNorm, ``label_weight`` × cross-entropy and ``variation_weight`` ×
-    mean squared difference of neighbouring pixels are added. Each step rolls the pictures by up to ``shift`` pixels.
+    along half a cosine; each step sees them rolled by up to ``shift`` pixels. The loss is the mismatch with BatchNorm
+    plus ``label_weight`` × cross-entropy: little, since then networks are about as sure as they are of photographs,
+    and more of it spoils the statistics.
     """
 
     count: int = 1024
     batch_size: int = 256
-    steps: int = 60
+    steps: int = 45
     lr: float = 0.1
-    label_weight: float = 0.3
-    variation_weight: float = 0.02
+    label_weight: float = 0.03
     shift: int = 2
 
     @classmethod
     def for_input(cls, spec: InputSpec) -> "SynthesisChoices":
         """Choose by the area of the input what a CPU can do.
 
-        32 × 32 pixels: 1024 pictures in batches of 256; 224 × 224: 128 in batches of 32. Large pictures give so many
+        32 × 32 pixels: 512 pictures in batches of 256; 224 × 224: 64 in batches of 32. Large pictures give so many
         positions to each statistic that fewer of them do. They are rolled by up to a sixteenth of their shorter side.
         """
         side = math.sqrt(spec.height * spec.width)
-        count = _power_of_two(2**15 / side, 128, 1024)
+        count = _power_of_two(2**14 / side, 64, 512)
         batch_size = _power_of_two(2**13 / side, 32, 256)
         return cls(count=count, batch_size=batch_size, shift=min(spec.height, spec.width) // 16)
 
 
 def steps_in_all(model: nn.Module, choices: SynthesisChoices) -> int:
     """How often ``synthesize`` will call ``on_step``."""
-    return -(-choices.count // choices.batch_size) * choices.steps if batch_norms(model) else 0
+    return _batches(choices) * choices.steps if remembering(model) else 0
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+def remembering(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The layers that remember statistics; without any, ``synthesize`` can only make noise."""
-    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    return [norm for norm in norms if norm.running_mean is not None and norm.running_var is not None]
+    return [norm for norm in batch_norms(model) if norm.running_mean is not None and norm.running_var is not None]
 
 
 def synthesize(
@@ -99,16 +98,16 @@ def synthesize(
     Raises:
         CbpqError: the network's outputs are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if not batch_norms(model):
+    if not remembering(model):
         return gaussian_pictures(choices.count, spec, seed)
+    generator = torch.Generator().manual_seed(seed)
     network = copy.deepcopy(unwrapped(model)).requires_grad_(False)
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     labels = (torch.arange(choices.count) % num_classes)[torch.randperm(choices.count, generator=generator)]
     labels = torch.randperm(num_classes, generator=generator)[labels]
     made = []
     with untouched(network), torch.enable_grad():
-        for some in labels.chunk(-(-choices.count // choices.batch_size)):
+        for some in labels.tensor_split(_batches(choices)):
             start = _noise(len(some), spec, generator)
             images = start.to(device, memory_format=torch.channels_last)
             _optimize(network, images, some.to(device), spec, choices, generator, on_step)
@@ -117,7 +116,7 @@ def synthesize(
 
 
 def gaussian_pictures(count: int, spec: InputSpec, seed: int) -> Tensor:
-    """Smooth noise, uint8 (count, C, H, W): mean and deviation of each channel are those of ``spec``, short of clipping."""
+    """Smooth noise, uint8 (count, C, H, W): each channel has the mean and deviation of ``spec``, but for clipping."""
     return _to_bytes(_noise(count, spec, torch.Generator().manual_seed(seed)), spec)
 
 
@@ -185,8 +184,7 @@ def _optimize(
         for _ in range(choices.steps):
             optimizer.zero_grad()
             scores = logits(network(_moved(images, spec, choices.shift, generator)))
-            loss = mismatch.take() + choices.label_weight * functional.cross_entropy(scores, labels)
-            (loss + choices.variation_weight * _variation(images)).backward()
+            (mismatch.take() + choices.label_weight * functional.cross_entropy(scores, labels)).backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -195,7 +193,7 @@ def _optimize(
     images.requires_grad_(False)
     if not images.isfinite().all():
         raise CbpqError(
-            "pictures cannot be made of this network: its outputs are not finite; its weights may be damaged"
+            "the network's outputs are not finite, so no pictures can be made of it; are its weights damaged?"
         )
 
 
@@ -207,7 +205,7 @@ class _Mismatch:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._norms = batch_norms(network)
+        self._norms = remembering(network)
         self._found: list[Tensor] = []
 
     def __enter__(self) -> "_Mismatch":
@@ -218,11 +216,12 @@ class _Mismatch:
         for handle in self._handles:
             handle.remove()
 
-    def _look(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _look(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         mean, square = _Moments.apply(inputs[0])
-        true = norm.running_var + norm.eps
-        deviation = ((square - mean.square()).clamp(min=0) + norm.eps).div(true).sqrt()
-        self._found.append(((mean - norm.running_mean).square() / true + (deviation - 1).square()).mean())
+        true = norm.get_buffer("running_var") + norm.eps
+        shift = (mean - norm.get_buffer("running_mean")).square() / true
+        ratio = ((square - mean.square()).clamp(min=0) + norm.eps).div(true).sqrt()
+        self._found.append((shift + (ratio - 1).square()).mean())
 
     def take(self) -> Tensor:
         """The sum over layers since the last call."""
@@ -249,7 +248,7 @@ class _Moments(torch.autograd.Function):
 
 
 def _moved(images: Tensor, spec: InputSpec, shift: int, generator: torch.Generator) -> Tensor:
-    """Rolled, all alike; and in colour, every other one mirrored. A mirrored digit is no digit, so grey ones are not."""
+    """Roll all alike, and mirror half of those in colour: a mirrored digit is no digit, so grey ones are not."""
     rows, columns = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
     moved = images.roll((rows, columns), (2, 3))
     if spec.channels != 3:
@@ -258,19 +257,15 @@ def _moved(images: Tensor, spec: InputSpec, shift: int, generator: torch.Generat
     return torch.where(flips.to(images.device)[:, None, None, None], moved.flip(-1), moved)
 
 
-def _variation(images: Tensor) -> Tensor:
-    return images.diff(dim=2).square().mean() + images.diff(dim=3).square().mean()
-
-
 def _noise(count: int, spec: InputSpec, generator: torch.Generator) -> Tensor:
-    """Normalised (count, C, H, W), each channel with mean 0 and deviation 1 but for clipping; amplitudes fall as 1/f."""
+    """Normalised (count, C, H, W) of amplitudes 1/f; each channel has mean 0 and deviation 1, but for clipping."""
     size = spec.height, spec.width
     own = torch.randn(count, spec.channels, *size, generator=generator)
     shared = torch.randn(count, 1, *size, generator=generator)
     white = math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own
     frequency = torch.hypot(torch.fft.fftfreq(size[0])[:, None], torch.fft.rfftfreq(size[1])[None])
     frequency[0, 0] = 1 / max(size)  # the mean of a picture varies like its coarsest waves
-    smooth = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, size)
+    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, size)
     deviation, mean = torch.std_mean(smooth, (0, 2, 3), keepdim=True)
     return ((smooth - mean) / deviation).clamp(*_bounds(spec))
 
@@ -287,5 +282,9 @@ def _to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def _batches(choices: SynthesisChoices) -> int:
+    return -(-choices.count // choices.batch_size)
+
+
 def _power_of_two(value: float, least: int, most: int) -> int:
-    return min(most, max(least, 2 ** round(math.log2(value))))
+    return min(most, max(least, int(2 ** round(math.log2(value)))))
