@@ -248,7 +248,7 @@ class _Execution:
         with self._phase(name, steps):
             self.starts = work()
         peak = memory.bytes()
-        predictions = self._measure(name, network)
+        predictions = self._measure(name, network) if self.job.resolved.settings.evaluate_every else None
         self.stages.append(stage_row(name, predictions, self._original(), self.seconds[name], peak))
         self._save(network)
 

@@ -112,7 +112,9 @@ class Settings:
     batchnorm_batches: int = _setting(
         0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
     )
-    evaluate_every: int = _setting(1, 1, 1, "epochs between evaluations while training, 0 for none")
+    evaluate_every: int = _setting(
+        1, 1, 1, "epochs between evaluations while training; 0: neither then nor between stages"
+    )
     checkpoint_minutes: float = _setting(5.0, 5.0, 5.0, "minutes between checkpoints within an epoch")
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +137,13 @@ PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Little data: the finer the levels, the closer rounding comes, and the less training should move. Inputs above
 # SMALL_INPUT pixels are expensive; these values keep networks of ResNet-18's size to minutes on a CPU.
 LITTLE_DATA_SHIFT = {"lr": 3e-3}
-LITTLE_DATA_LARGE = {"batch_size": 32, "epoch_images": 256, "reconstruction_steps": 50, "reconstruction_images": 256}
+LITTLE_DATA_LARGE = {
+    "epochs": 8,
+    "batch_size": 32,
+    "epoch_images": 256,
+    "reconstruction_steps": 50,
+    "reconstruction_images": 256,
+}
 SMALL_INPUT = 64
 
 

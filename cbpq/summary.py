@@ -107,9 +107,11 @@ def build_report(
 
 
 def stage_row(
-    name: str, predictions: Predictions, original: Predictions, seconds: float, peak_bytes: int | None
+    name: str, predictions: Predictions | None, original: Predictions, seconds: float, peak_bytes: int | None
 ) -> Stage:
-    """The row of a stage, from what the network said after it."""
+    """The row of a stage, from what the network said after it, if it was asked."""
+    if predictions is None:
+        return Stage(name, None, None, seconds, peak_bytes)
     measured = summarize(predictions, original)
     agreement = measured.comparison.agreement if measured.comparison else None
     return Stage(name, measured.top1, agreement, seconds, peak_bytes)

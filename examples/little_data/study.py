@@ -1,0 +1,91 @@
+"""ResNet-20 on CIFAR-10 with 1,024 unlabelled pictures, and with none: every row of the README's tables.
+
+    python -m examples.little_data.study --weights resnet20.th --data cifar10.npz --work runs
+
+For each constraint and seed it runs ``cbpq quantize`` and measures the result on the 10,000 test images. What is there
+already is not done again, and what was interrupted is resumed. Raw results go to ``results/``, a small JSON file each.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NETWORK = "examples.cifar10.resnet:resnet20"
+CONSTRAINTS = ("two-bit-shift", "one-bit-shift", "ternary", "binary")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz, see examples/cifar10")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--pictures", nargs="+", choices=("unlabelled", "none"), default=["unlabelled", "none"])
+    parser.add_argument("--constraints", nargs="+", choices=CONSTRAINTS, default=CONSTRAINTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    for seed in chosen.seeds:
+        for pictures in chosen.pictures:
+            for constraint in chosen.constraints:
+                one_row(chosen, pictures, constraint, seed)
+
+
+def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: int) -> None:
+    """Quantize and measure, unless that was done."""
+    name = f"{pictures}-{constraint}-{seed}"
+    result = RESULTS / f"{name}.json"
+    if result.exists():
+        return
+    output = chosen.work / name
+    if not (output / "model.safetensors").exists():
+        flags = ["--data", str(without_labels(chosen.data, chosen.work))] if pictures == "unlabelled" else []
+        if (output / "checkpoint" / "state.pt").exists():
+            flags.append("--resume")
+        weights = ["--weights", str(chosen.weights)]
+        cbpq("quantize", NETWORK, *weights, *flags, "-c", constraint, "--seed", str(seed), "-o", str(output))
+    measured = cbpq(
+        *("evaluate", str(output / "model.safetensors"), "--arch", NETWORK, "--data", str(chosen.data), "--json"),
+        *("--against", NETWORK, "--weights", str(chosen.weights)),
+    )
+    report = json.loads((output / "report.json").read_text())
+    kept = {
+        "command": report["command"],
+        "test": {key: json.loads(measured)[key] for key in ("top1", "top1_interval", "images", "comparison")},
+        "stages": report["stages"],
+        "seconds": report["seconds"],
+        "file_bytes": report["sizes"]["file_bytes"],
+        "versions": report["versions"],
+        "settings": {key: value["value"] for key, value in report["settings"].items()},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    result.write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"{name}: {kept['test']['top1']:.2f} %", flush=True)
+
+
+def without_labels(data: Path, work: Path) -> Path:
+    """The same pictures, those for training without their labels."""
+    path = work / "cifar10-unlabelled.npz"
+    if not path.exists():
+        arrays: dict[str, Any] = {name: array for name, array in np.load(data).items() if name != "train_labels"}
+        partial = path.with_name(f"{os.getpid()}.npz")
+        np.savez(partial, **arrays)
+        partial.replace(path)
+    return path
+
+
+def cbpq(*arguments: str) -> str:
+    """Run the command line and give what it prints."""
+    done = subprocess.run([sys.executable, "-m", "cbpq", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
