@@ -95,13 +95,16 @@ class _Trial(NamedTuple):
 
 
 def _trials(target: Tensor, h: Tensor, factor: Tensor, levels: LevelSet, per_row: bool) -> Iterator[_Trial]:
+    groups, rows, _ = target.shape
     start = initial_scale(target.flatten(0, 1), levels, "least-squares", "channel" if per_row else "layer")
-    for share in SCALE_TRIALS:
-        scale = (share * start).reshape(*(target.shape[:2] if per_row else (1, 1)), 1)
-        for _ in range(REFINEMENTS):
-            latent = _place(target, factor, Grid(levels, scale))
-            level = Grid(levels, scale).level(latent)
-            scale = _best_scale(target, level, h, scale, per_row)
+    scales = [(share * start).reshape(*((groups, rows) if per_row else (1, 1)), 1) for share in SCALE_TRIALS]
+    for _ in range(REFINEMENTS):
+        # all trials at once, as more rows: column after column is slow, and takes no longer for these
+        grid = Grid(levels, torch.cat([scale.expand(groups, rows, 1) for scale in scales], dim=1))
+        latents = _place(target.repeat(1, len(scales), 1), factor, grid)
+        found = zip(latents.chunk(len(scales), 1), grid.level(latents).chunk(len(scales), 1), strict=True)
+        for trial, (latent, level) in enumerate(found):
+            scales[trial] = scale = _best_scale(target, level, h, scales[trial], per_row)
             error = _quadratic(target - scale * level, target - scale * level, h, per_row)
             yield _Trial(error, scale, into_cells(latent, level, Grid(levels, scale)))
 
