@@ -32,14 +32,19 @@ class FeaturePair:
         self._own.clear()
         self._teachers.clear()
 
-    def loss(self) -> Tensor:
-        """Mean over blocks of the mean squared difference, each in units of its target's variance."""
-        terms = [
-            nn.functional.mse_loss(self._own[path].float(), self._teachers[path].float())
-            / self._teachers[path].float().var(correction=0).clamp_min(1e-12)
-            for path in self._paths
-        ]
-        return torch.stack(terms).mean() if terms else torch.zeros(())
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Relative squared difference of the outputs (logits), plus its mean over the blocks."""
+        total = relative_error(output, target)
+        if self._paths:
+            terms = [relative_error(self._own[path], self._teachers[path]) for path in self._paths]
+            total = total + torch.stack(terms).mean()
+        return total
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference in units of the target's variance, so that it means the same in every layer."""
+    target = target.float()
+    return nn.functional.mse_loss(output.float(), target) / target.var(correction=0).clamp_min(1e-12)
 
 
 def _keeping(kept: dict[str, Tensor], path: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -42,7 +42,7 @@ class Settings:
     epochs: int = _setting(100, 10, 16, "passes over the training data (the published code has no stopping rule)")
     batch_size: int = _setting(256, 128, 64, "images per step", least=1)
     optimizer: str = _setting("sgd", "sgd", "sgd", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
-    lr: float = _setting(1e-3, 2e-2, 3e-2, "learning rate (its peak, where there is a schedule)")
+    lr: float = _setting(1e-3, 2e-2, 3e-3, "learning rate (its peak, where there is a schedule)")
     lr_schedule: str = _setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
     warmup: float = _setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
     momentum: float = _setting(0.9, 0.9, 0.9, "of SGD", most=1)
@@ -74,9 +74,12 @@ class Settings:
     distillation: float = _setting(
         0.0, 1.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
     )
-    temperature: float = _setting(1.0, 1.0, 4.0, "of the distillation's softmax", least=1e-3)
+    temperature: float = _setting(1.0, 1.0, 1.0, "of the distillation's softmax", least=1e-3)
     feature_distillation: float = _setting(
-        0.0, 0.0, 1.0, "weight of the blocks' outputs, compared with the original's, beside those of the network"
+        0.0,
+        0.0,
+        1.0,
+        "weight of logits and blocks' outputs, compared with the original's by relative squared difference",
     )
     # normalisation
     batchnorm: str = _setting(
@@ -136,7 +139,7 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Little data: the finer the levels, the closer rounding comes, and the less training should move. Inputs above
 # SMALL_INPUT pixels are expensive; these values keep networks of ResNet-18's size to minutes on a CPU.
-LITTLE_DATA_SHIFT = {"lr": 3e-3}
+LITTLE_DATA_LR = {"binary": 3e-2, "ternary": 1e-2}
 LITTLE_DATA_LARGE = {
     "epochs": 8,
     "batch_size": 32,
@@ -200,8 +203,8 @@ def resolve(
         if model in PAPER_SHIFT_LR and "shift" in constraint:
             lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
     if preset == "little-data":
-        if "shift" in constraint:
-            lay("preset little-data, shift constraints", LITTLE_DATA_SHIFT)
+        if constraint in LITTLE_DATA_LR:
+            lay(f"preset little-data, {constraint}", {"lr": LITTLE_DATA_LR[constraint]})
         if input_size > SMALL_INPUT:
             lay("preset little-data, large inputs", LITTLE_DATA_LARGE)
     for origin, mapping in layers:

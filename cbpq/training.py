@@ -201,8 +201,8 @@ def take_step(run: Run, batch: Batch) -> float:
         loss = loss_of(logits(output), labels, target, run.settings)
         for auxiliary in auxiliary_logits(output):
             loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)
-        if run.features is not None:
-            loss = loss + run.settings.feature_distillation * run.features.loss()
+        if run.features is not None and target is not None:
+            loss = loss + run.settings.feature_distillation * run.features.loss(logits(output), target)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(
