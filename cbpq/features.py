@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cbpq.blocks import Block
+from cbpq.recipe import relative_error
 
 
 class FeaturePair:
@@ -39,12 +40,6 @@ class FeaturePair:
             terms = [relative_error(self._own[path], self._teachers[path]) for path in self._paths]
             total = total + torch.stack(terms).mean()
         return total
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference in units of the target's variance, so that it means the same in every layer."""
-    target = target.float()
-    return nn.functional.mse_loss(output.float(), target) / target.var(correction=0).clamp_min(1e-12)
 
 
 def _keeping(kept: dict[str, Tensor], path: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -40,3 +40,9 @@ def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Set
         )
         loss = loss + share * temperature**2 * divergence
     return loss
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference in units of the target's energy, so that it means the same in every layer."""
+    target = target.float()
+    return nn.functional.mse_loss(output.float(), target) / target.square().mean().clamp_min(1e-12)

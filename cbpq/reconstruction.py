@@ -22,7 +22,7 @@ from cbpq.errors import TrainingError
 from cbpq.layers import LayerChoice
 from cbpq.levels import LevelSet
 from cbpq.presets import Settings
-from cbpq.recipe import cosine, make_optimizer
+from cbpq.recipe import cosine, make_optimizer, relative_error
 from cbpq.tracing import untouched
 
 
@@ -100,7 +100,6 @@ def _reconstruct_block(
         starts={short: starts[name] for short, name in local.items()},
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    energy = sum(float(target.var(correction=0)) for target in targets) / len(targets)
     generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = []
     began, progress = time.monotonic(), 0.0
@@ -113,7 +112,7 @@ def _reconstruct_block(
             order = order or torch.randperm(len(inputs), generator=generator).tolist()
             chosen = order.pop()
             optimizer.zero_grad(set_to_none=True)
-            loss = nn.functional.mse_loss(module(inputs[chosen].clone()), targets[chosen]) / max(energy, 1e-12)
+            loss = relative_error(module(inputs[chosen].clone()), targets[chosen])
             if not math.isfinite(float(loss.detach())):
                 raise TrainingError(
                     f"the loss of block {block.path} became {float(loss.detach())} in step {step + 1}; lower it with "
