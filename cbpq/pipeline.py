@@ -35,7 +35,7 @@ from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 from cbpq.report import Report, Stage, plain
 from cbpq.summary import build_report, metric_facts, run_facts, settings_toml, stage_row
 from cbpq.synthesis import save_pictures, steps_in_all, synthesize
-from cbpq.training import EpochEnd, Run, Step, finish, prepare, train
+from cbpq.training import EpochEnd, Run, Step, finish, prepare, settling_batches, train
 
 SYNTHESIS = "synthesis"
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = "nearest rounding", "compensated rounding", "reconstruction", "training"
@@ -325,8 +325,7 @@ class _Execution:
     def _conclude(self, run: Run, teacher: nn.Module) -> Report:
         """Settle, measure, write everything into the working folder, and only then put it in its place."""
         job, original = self.job, self._original()
-        batches = min(job.resolved.settings.batchnorm_batches, len(run.loader)) if run.steps else 0
-        with self._phase("settling the weights", batches):
+        with self._phase("settling the weights", settling_batches(run)):
             finish(run, self._tick)
         final = self._measure("quantized", run.model)
         if run.steps:

@@ -275,13 +275,18 @@ def _end_epoch(run: Run, seconds: float) -> EpochEnd:
     )
 
 
+def settling_batches(run: Run) -> int:
+    """Batches that ``finish`` re-estimates BatchNorm statistics from; none where nothing was trained."""
+    return min(run.settings.batchnorm_batches, len(run.loader)) if run.settings.epochs else 0
+
+
 @torch.no_grad()
 def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
     """Put every weight on its level, and re-estimate BatchNorm statistics for the weights as they are now."""
     run.constrained.finish()
     if run.features is not None:
         run.features.remove()
-    count = min(run.settings.batchnorm_batches, len(run.loader)) if run.steps else 0
+    count = settling_batches(run)
     norms = [norm for norm in batch_norms(run.model) if norm.track_running_stats]
     run.model.eval()
     if not count or not norms:
