@@ -30,7 +30,7 @@ from cbpq.loaders import RepeatedBatches
 from cbpq.model_file import save
 from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in, writing
-from cbpq.planning import Plan, plan
+from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 from cbpq.report import Report, Stage, plain
 from cbpq.summary import build_report, metric_facts, run_facts, settings_toml, stage_row
@@ -136,7 +136,9 @@ def execute(
         CbpqError: what went wrong. The last checkpoint and an earlier result are intact.
         Interrupted: ``should_stop`` said so.
     """
-    if job.data is not None and job.data.train is None:
+    if job.data is None:
+        check_labels_for_loss(job.resolved.settings)
+    elif job.data.train is None:
         raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
     claim_output(output, resume=resume, overwrite=overwrite)
     return _Execution(job, output, listener, should_stop).run(resume)
@@ -287,10 +289,11 @@ class _Execution:
 
     def _loader(self) -> TrainLoader:
         """The training pictures, gone through several times in an epoch where there are few."""
-        loader, wanted = self._data().train, self.job.resolved.settings.epoch_images
+        loader, settings = self._data().train, self.job.resolved.settings
         if loader is None:
             raise TrainingError("there are no pictures to train on")
-        passes = -(-wanted // loader.images)
+        steps = settings.epoch_images / settings.batch_size
+        passes = math.ceil(steps / len(loader))
         return RepeatedBatches(loader, passes) if passes > 1 else loader
 
     def _train(self, run: Run) -> None:

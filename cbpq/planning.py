@@ -162,8 +162,8 @@ def plan(
     )
     if loaded_data is not None:
         loaded_data.set_batch_size(resolved.settings.batch_size)
-    if not labelled:
-        check_labels_for_loss(resolved.settings)
+        if not labelled:
+            check_labels_for_loss(resolved.settings)
     choices = {
         "include": list(include),
         "exclude": list(exclude),
@@ -242,6 +242,6 @@ def check_labels_for_loss(settings: Settings) -> None:
     """
     if settings.distillation < 1:
         raise UsageError(
-            f"the training pictures have no labels, which setting distillation = {settings.distillation:g} needs; "
-            "give --set distillation=1, or labelled pictures"
+            f"there are no labels, which setting distillation = {settings.distillation:g} needs; "
+            "give --set distillation=1, or --data with labelled pictures"
         )

@@ -51,11 +51,15 @@ class Settings:
     )
     seed: int = _setting(0, 0, 0, "of data order, augmentation and anything else random", most=2**63 - 1)
     epoch_images: int = _setting(
-        0, 0, 4096, "images in an epoch at least: fewer pictures are gone through several times in one (0: once)"
+        0, 0, 4096, "images in an epoch: fewer pictures are gone through several times in one (0: always once)"
     )
     # before training
     rounding: str = _setting(
-        "nearest", "compensated", "compensated", "first rounding of the weights", choices=("nearest", "compensated")
+        "nearest",
+        "compensated",
+        "compensated",
+        "first rounding of the weights: to the nearest level, or compensated for its own errors",
+        choices=("nearest", "compensated"),
     )
     latent_weights: str = _setting(
         "original",

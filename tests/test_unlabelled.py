@@ -429,7 +429,7 @@ def test_a_flat_folder_from_end_to_end(network: Path, tmp_path: Path) -> None:
     assert command("inspect", tmp_path / "out" / "model.safetensors").code == 0
     measured = [event for event in events_of(tmp_path / "out") if event["event"] == "Evaluated"]
     stages = ["nearest rounding", "compensated rounding", "reconstruction"]
-    assert [event["which"] for event in measured] == ["original", *stages, "quantized"]
+    assert [event["which"] for event in measured] == ["original", *stages, "epoch 1", "quantized"]
     assert measured[-1]["result"]["comparison"] == report["comparison"]
 
     # the settings make the same run, and the number of pictures is part of what it is
