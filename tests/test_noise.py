@@ -41,7 +41,7 @@ def disturbed(model: nn.Module, share: float = 0.3) -> nn.Module:
     torch.manual_seed(9)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += share * parameter.std() * torch.randn_like(parameter)
+            parameter.add_(share * parameter.std() * torch.randn_like(parameter))
     return other
 
 
