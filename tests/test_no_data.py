@@ -154,8 +154,8 @@ def test_few_pictures_are_all_measured_on_and_still_called_synthesised(alone: Pa
 
 def test_a_time_limit_ends_it_soon(alone: Path) -> None:
     flags = ("--max-time", 0.02, "--calibration", 8, "--epochs", 10**6, "--set", "reconstruction_steps=1000000")
-    flags += ("--set", "batchnorm_batches=2", "--set", "evaluate_every=0", "-b", 8)
-    outcome = command("quantize", "net.safetensors", *flags, *FEW_LAYERS, "--device", "cpu", "-o", "out")
+    short = ("--set", "batchnorm_batches=2", "--set", "evaluate_every=0", "-b", 8)
+    outcome = command("quantize", "net.safetensors", *flags, *short, *FEW_LAYERS, "--device", "cpu", "-o", "out")
     assert outcome.code == 0, outcome.err
     assert set(contents(alone / "out")) == RESULTS
     assert command("inspect", "out/model.safetensors").code == 0
