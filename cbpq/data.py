@@ -153,7 +153,9 @@ def load_data(
     return _assemble(splits, chosen, spec, num_classes, _Loading(batch_size, seed, workers, augment, count))
 
 
-def synthetic_data(images: Tensor, spec: InputSpec, num_classes: int, *, batch_size: int, seed: int) -> Data:
+def synthetic_data(
+    images: Tensor, spec: InputSpec, num_classes: int, *, batch_size: int, seed: int, augment: Augment = "auto"
+) -> Data:
     """Synthesised pictures (N, C, H, W), uint8 and of the network's own size, as a data set without labels."""
     layout = images.squeeze(1) if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
     pictures = ArrayPictures(layout.contiguous().numpy(), no_labels(len(images)), "synthetic")
@@ -162,7 +164,9 @@ def synthetic_data(images: Tensor, spec: InputSpec, num_classes: int, *, batch_s
     chosen = choose(
         splits, num_classes, training=True, val_from_train=None, limit=None, calibration=len(images), seed=seed
     )
-    data = _assemble(splits, chosen, spec, num_classes, _Loading(batch_size, seed))
+    if chosen.train is chosen.val:
+        chosen = replace(chosen, val_split=f"{name} themselves")
+    data = _assemble(splits, chosen, spec, num_classes, _Loading(batch_size, seed, augment=augment))
     data.describe["notes"] = []  # of how many there are, nothing is to be learned
     return data
 

@@ -10,6 +10,7 @@ from cbpq.tracing import untouched
 from cbpq.uses import Use, watching
 
 POSITIONS = 64  # output positions looked at in each picture
+ROUNDOFF = 1e-12  # a channel whose variance is a smaller share of its mean square is constant: float32 says no more
 
 
 @torch.no_grad()
@@ -61,6 +62,7 @@ def _outputs(model: nn.Module, names: Sequence[str], images: Tensor, seed: int) 
 def _decibels(sums: Tensor) -> float:
     count, x, y, xx, xy, yy = sums
     variance, other = xx / count - (x / count) ** 2, yy / count - (y / count) ** 2
+    variance = variance.masked_fill(variance <= ROUNDOFF * xx / count, 0)
     shared = (xy / count - (x / count) * (y / count)) ** 2 / other.clamp_min(1e-300)
     signal, noise = float(variance.sum()), float((variance - shared).clamp_min(0).sum())
     if signal <= 0:

@@ -90,13 +90,13 @@ class Interrupted(CbpqError):
 
 
 def quantize(
-    source: str, data: str, output: str | Path, *, resume: bool = False, overwrite: bool = False, **choices: Any
+    source: str, data: str | None, output: str | Path, *, resume: bool = False, overwrite: bool = False, **choices: Any
 ) -> Report:
     """The whole job: load, measure, constrain, train, measure again, write. The library's twin of ``cbpq quantize``.
 
     Args:
         source: what to quantize, see ``cbpq.models.load_model``.
-        data: what to train and measure with, see ``cbpq.data.load_data``.
+        data: what to train and measure with, see ``cbpq.data.load_data``; None synthesises pictures.
         output: folder for the results.
         resume: go on with an unfinished run in ``output``.
         overwrite: replace what is in ``output``.
@@ -110,7 +110,8 @@ def quantize(
         CbpqError: what went wrong, and what to do.
     """
     claim_output(Path(output), resume=resume, overwrite=overwrite)
-    return execute(plan(source, data=data, **choices), Path(output), resume=resume, overwrite=overwrite)
+    job = plan(source, data=data, resume=resume, **choices)
+    return execute(job, Path(output), resume=resume, overwrite=overwrite)
 
 
 def execute(
@@ -141,16 +142,21 @@ def execute(
     elif job.data.train is None:
         raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
     claim_output(output, resume=resume, overwrite=overwrite)
-    return _Execution(job, output, listener, should_stop).run(resume)
+    return _Execution(job, output, resume, listener, should_stop).run()
 
 
 class _Execution:
     """One call of ``execute``: the plan, where it writes, and what it knows so far."""
 
     def __init__(
-        self, job: Plan, output: Path, listener: Callable[[Event], None], should_stop: Callable[[], bool]
+        self,
+        job: Plan,
+        output: Path,
+        resume: bool,
+        listener: Callable[[Event], None],
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.job, self.output = job, output
+        self.job, self.output, self.resume = job, output, resume
         self.listener, self.should_stop = listener, should_stop
         self.work, self.state_path = working_folder(output), state_file(output)
         self.log: list[str] = []  # lines of events.jsonl; part of the checkpoint, so that no event comes twice
@@ -163,9 +169,9 @@ class _Execution:
         self.starts: dict[str, Start] = {}  # where training starts
         self.training_memory: int | None = None
 
-    def run(self, resume: bool) -> Report:
+    def run(self) -> Report:
         """The job, from the first measurement to the last file."""
-        if not resume:
+        if not self.resume:
             shutil.rmtree(self.work, ignore_errors=True)
         state = load_checkpoint(self.state_path, self.job.identity()) if self.state_path.exists() else None
         with working_in(self.output):
@@ -211,9 +217,16 @@ class _Execution:
                     teacher, spec, classes, job.synthesis, seed=settings.seed, device=job.device, on_step=self._tick
                 )
             if job.save_synthetic is not None:
-                save_pictures(self.pictures, job.save_synthetic)
+                save_pictures(self.pictures, job.save_synthetic, self.resume)
             self._save(job.loaded.model)
-        self.data = synthetic_data(self.pictures, spec, classes, batch_size=settings.batch_size, seed=settings.seed)
+        self.data = synthetic_data(
+            self.pictures,
+            spec,
+            classes,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            augment=job.choices.get("augment", "auto"),
+        )
 
     def _before_training(self, network: nn.Module, teacher: nn.Module) -> None:
         """Rounding, and reconstruction block by block; what was done before an interruption is not done again."""
@@ -242,7 +255,7 @@ class _Execution:
         if RECONSTRUCTED not in done:
             self.starts = stages.handed_on(network, teacher, self.starts, job.levels, settings.latent_weights)
             if settings.reconstruction_steps:
-                blocks = len(reconstructible(network, names, stages.calibration_images(data, job.device)[0]))
+                blocks = len(reconstructible(network, names, stages.calibration_images(data, job.device, most=1)[0]))
                 self._stage(RECONSTRUCTED, blocks * settings.reconstruction_steps, network, reconstructed)
 
     def _stage(self, name: str, steps: int, network: nn.Module, work: Callable[[], dict[str, Start]]) -> None:
@@ -255,7 +268,7 @@ class _Execution:
         self._save(network)
 
     def _seconds_left(self) -> float:
-        """Of --max-time, which counts from the first rounding on."""
+        """Of --max-time, which counts from the beginning of synthesis or rounding; those two are never cut short."""
         if self.job.max_minutes is None:
             return math.inf
         spent = sum(self.seconds.get(name, 0.0) for name in (SYNTHESIS, *STAGES))
@@ -367,8 +380,7 @@ class _Execution:
 
     def _layer_images(self) -> list[Tensor]:
         """A few pictures to compare the layers' outputs on."""
-        images = stages.calibration_images(self._data(), self.job.device)
-        return images[: max(1, LAYER_PICTURES // len(images[0]))]
+        return stages.calibration_images(self._data(), self.job.device, LAYER_PICTURES)
 
     def _measure(self, which: str, network: nn.Module) -> Predictions:
         val = self._data().val

@@ -94,6 +94,7 @@ def plan(
     amp: bool = False,
     max_minutes: float | None = None,
     command: str = "",
+    resume: bool = False,
 ) -> Plan:
     """Make every choice of a run and check it.
 
@@ -110,6 +111,7 @@ def plan(
         amp: compute in bfloat16 where it is safe; latent weights, scales and multipliers stay in float32.
         max_minutes: stop training after this time; schedules then follow the clock as well as the epochs.
         command: the command line, for the report.
+        resume: it is to go on with an unfinished run, which may have saved its synthesised pictures already.
 
     Raises:
         CbpqError: whatever is wrong with any of it.
@@ -122,12 +124,14 @@ def plan(
     elif save_synthetic is not None:
         raise UsageError("--save-synthetic keeps pictures that are synthesised where there are no data; leave out one")
     if save_synthetic is not None:
-        claim_folder(save_synthetic)
+        claim_folder(save_synthetic, resume)
     if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0):
         raise UsageError(f"the time limit must be a number of minutes above 0, not {max_minutes}")
     chosen_device = resolve_device(device)
     loaded = load_model(source, weights=weights, arch=arch, pretrained=pretrained, input_overrides=input_overrides)
     spec = loaded.info.input_spec
+    if save_synthetic is not None and spec.channels not in (1, 3):
+        raise UsageError(f"pictures of {spec.channels} channels cannot be kept; leave out --save-synthetic")
     layers = choose_layers(
         loaded.model,
         input_spec=spec,

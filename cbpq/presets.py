@@ -89,7 +89,7 @@ class Settings:
     batchnorm: str = _setting(
         "batch",
         "batch",
-        "frozen",
+        "batch",
         "statistics that BatchNorm uses in training: each batch's, or the frozen running ones",
         choices=("batch", "frozen"),
     )
@@ -116,7 +116,9 @@ class Settings:
     clamp: float = _setting(1.0, 0.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
     lr_drop: float = _setting(0.1, 0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
     # the end, and the way there
-    batchnorm_batches: int = _setting(0, 100, 0, "training batches to re-estimate BatchNorm statistics from at the end")
+    batchnorm_batches: int = _setting(
+        0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
+    )
     evaluate_every: int = _setting(
         1, 1, 1, "epochs between evaluations while training; 0: neither then nor between stages"
     )

@@ -54,11 +54,13 @@ def handed_on(
     return {name: Start(original.get_parameter(name).detach().clone(), s.scale) for name, s in starts.items()}
 
 
-def calibration_images(data: Data, device: torch.device) -> list[Tensor]:
-    """Training pictures as they are for evaluation, in batches; as many as MEMORY takes."""
+def calibration_images(data: Data, device: torch.device, most: int | None = None) -> list[Tensor]:
+    """Training pictures as they are for evaluation, in batches; as many as MEMORY takes. No more batches are read than
+    hold ``most``.
+    """
     if data.calibration is not None:
-        return _some(data.calibration, device)
-    return _some(data.train.epoch(0), device) if data.train is not None else []
+        return _some(data.calibration, device, most)
+    return _some(data.train.epoch(0), device, most) if data.train is not None else []
 
 
 def augmented_images(data: Data, settings: Settings, device: torch.device) -> list[Tensor]:

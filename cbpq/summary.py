@@ -162,4 +162,5 @@ def settings_toml(job: Plan) -> str:
     }
     # JSON's strings, numbers, truth values and lists of strings are TOML's as well
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items()]
-    return "# cbpq quantize SOURCE --data PATH --config settings.toml\n" + "".join(lines)
+    data = "--data PATH " if job.data is not None else ""
+    return f"# cbpq quantize SOURCE {data}--config settings.toml\n" + "".join(lines)

@@ -32,6 +32,7 @@ from cbpq.tracing import batch_norms, untouched, unwrapped
 
 SHARED = 0.8  # share of the variance of noise that all channels have in common: photographs are mostly light and shade
 GAP = 2  # pixels between the pictures of a contact sheet
+CONTACT_SHEET = "contact-sheet.png"
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ def contact_sheet(images: Tensor, columns: int = 16, most: int = 128) -> Image.I
     return _picture(sheet[:, :-GAP, :-GAP])
 
 
-def claim_folder(folder: Path) -> None:
-    """Make sure that pictures may be saved in ``folder``, before any are made.
+def claim_folder(folder: Path, resume: bool = False) -> None:
+    """Make sure that pictures may be saved in ``folder``, before any are made; with ``resume``, also over those that an
+    unfinished run has saved there.
 
     Raises:
         UsageError: it is a file, or there is something in it already.
@@ -139,24 +141,24 @@ def claim_folder(folder: Path) -> None:
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file; name a folder for the pictures")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not (resume and (folder / CONTACT_SHEET).exists()) and any(folder.iterdir()):
             raise UsageError(f"the folder {folder} is not empty; name a new one for the pictures")
 
 
-def save_pictures(images: Tensor, folder: Path) -> None:
-    """Write uint8 (N, C, H, W) pictures as ``0000.png``, ``0001.png``, … and a ``contact-sheet.png``.
+def save_pictures(images: Tensor, folder: Path, resume: bool = False) -> None:
+    """Write uint8 (N, C, H, W) pictures as ``0000.png``, ``0001.png``, … and a ``contact-sheet.png``, that one first.
 
     Raises:
         UsageError: ``folder`` is a file, or there is something in it already.
         CbpqError: it cannot be written to, or the pictures are neither grey nor of three colours.
     """
-    claim_folder(folder)
+    claim_folder(folder, resume)
     with writing(folder):
         sheet = contact_sheet(images)
         folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / CONTACT_SHEET)
         for number, image in enumerate(images):
             _picture(image).save(folder / f"{number:04}.png")
-        sheet.save(folder / "contact-sheet.png")
 
 
 def _picture(image: Tensor) -> Image.Image:

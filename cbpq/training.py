@@ -276,8 +276,14 @@ def _end_epoch(run: Run, seconds: float) -> EpochEnd:
 
 
 def settling_batches(run: Run) -> int:
-    """Batches that ``finish`` re-estimates BatchNorm statistics from; none where nothing was trained."""
-    return min(run.settings.batchnorm_batches, len(run.loader)) if run.settings.epochs else 0
+    """Batches that ``finish`` re-estimates BatchNorm statistics from.
+
+    None where training did not use batch statistics, or there was no training: such a network relies on the running
+    ones, which remember pictures as they were when it was first trained.
+    """
+    if not run.settings.epochs or run.settings.batchnorm == "frozen":
+        return 0
+    return min(run.settings.batchnorm_batches, len(run.loader))
 
 
 @torch.no_grad()

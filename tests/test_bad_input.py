@@ -235,6 +235,7 @@ CASES = {
     "workers that are none": Case(2, ("--workers",), flags=("-j", "-1")),
     "a gate that is none": Case(2, ("--min-top1",), flags=("--min-top1", "120")),
     # the data
+    "no data for a limit": Case(2, ("--limit-train", "--data PATH"), data=None, flags=("--limit-train", "5")),
     "no such data": Case(2, ("no such data: dat.npz",), data="dat.npz"),
     "data of another kind": Case(2, ("data.txt", "no .npz"), data="data.txt"),
     "an empty folder": Case(1, ("folder has no class folders",), data="folder"),

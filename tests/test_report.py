@@ -98,6 +98,7 @@ def test_json_is_plain_and_says_what_the_record_says() -> None:
         "relative_error": 0.2,
         "zeros": 0.31,
         "cfs": 1.2e-5,
+        "snr": None,
     }
     assert document["skipped"][0]["reason"] == "the classifier | head"
 

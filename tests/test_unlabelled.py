@@ -393,7 +393,9 @@ def test_gates_of_what_is_not_known() -> None:
 
 def quantize(network: Path, data: Path, output: Path, *flags: object) -> Outcome:
     arguments = ("--epochs", 1, "-b", 16, "-j", 0, "--device", "cpu", "-o", output)
-    return command("quantize", network, "--data", data, *arguments, *flags)
+    few = ("epoch_images=64", "reconstruction_steps=2", "reconstruction_images=64")
+    settings = [part for setting in few for part in ("--set", setting)]
+    return command("quantize", network, "--data", data, *arguments, *settings, *flags)
 
 
 def report_of(output: Path) -> dict[str, Any]:
@@ -428,7 +430,7 @@ def test_a_flat_folder_from_end_to_end(network: Path, tmp_path: Path) -> None:
     assert metrics["quantized"]["top1"] is None
     assert command("inspect", tmp_path / "out" / "model.safetensors").code == 0
     measured = [event for event in events_of(tmp_path / "out") if event["event"] == "Evaluated"]
-    stages = ["nearest rounding", "compensated rounding", "reconstruction"]
+    stages = ("nearest rounding", "compensated rounding", "reconstruction")
     assert [event["which"] for event in measured] == ["original", *stages, "epoch 1", "quantized"]
     assert measured[-1]["result"]["comparison"] == report["comparison"]
 

@@ -160,8 +160,9 @@ def show_plan(job: Plan, origins: dict[str, str], console: Console, *, as_json: 
         **job.resolved.to_dict(),
     }
     if as_json:
-        document = {"settings": settings, "source": job.loaded.info.to_dict()}
-        print_json({**document, "constrained": job.layers.constrained, "skipped": job.layers.skipped})
+        document: dict[str, Any] = {"settings": settings, "source": job.loaded.info.to_dict()}
+        document |= {"constrained": job.layers.constrained, "skipped": job.layers.skipped, "warnings": job.warnings}
+        print_json(document)
         return
     table = Table(title="Settings", title_justify="left")
     for column in ("setting", "value", "from"):

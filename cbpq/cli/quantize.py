@@ -276,6 +276,7 @@ def command(
         workers=workers,
         max_minutes=max_time,
         command=shlex.join(["cbpq", *sys.argv[1:]]),
+        resume=resume,
         **choices,
     )
     check_labels_for_gates(job.data is not None and job.data.val_labelled, min_top1=min_top1, max_drop=max_drop)
