@@ -18,6 +18,7 @@ from cbpq.models import load_model
 from cbpq.presets import resolve
 from cbpq.training import Run, Step, finish, prepare, train
 
+SAME = torch.ones(2, 3)  # logits that agree
 BLOCKS = (Block("0", ("0.weight",)), Block("", ("4.weight",)), Block("2", ("2.weight",)))
 
 
@@ -44,8 +45,7 @@ def by_hand(model: nn.Module, teacher: nn.Module, inputs: Tensor) -> float:
         for last in (1, 3):
             own: Tensor = nn.Sequential(*list(model.children())[:last])(inputs.clone())
             target: Tensor = nn.Sequential(*list(teacher.children())[:last])(inputs.clone())
-            spread = (target - target.mean()).square().mean()
-            total += float((own - target).square().mean() / spread) / 2
+            total += float((own - target).square().mean() / target.square().mean()) / 2
     return total
 
 
@@ -54,13 +54,22 @@ def hooks(*networks: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_the_loss_is_each_blocks_error_in_units_of_its_variance(inplace: bool) -> None:
+def test_the_loss_is_each_blocks_error_in_units_of_its_energy(inplace: bool) -> None:
     model, teacher = network(1, inplace), network(2, inplace)
     pair = FeaturePair(model, teacher, BLOCKS)
     model(images())
     teacher(images())
-    assert float(pair.loss().detach()) == pytest.approx(by_hand(model, teacher, images()), rel=1e-5)
+    assert float(pair.loss(SAME, SAME).detach()) == pytest.approx(by_hand(model, teacher, images()), rel=1e-5)
     assert by_hand(model, teacher, images()) > 0.1
+
+
+def test_logits_count_like_all_blocks_together() -> None:
+    model, teacher = network(1), network(2)
+    pair = FeaturePair(model, teacher, BLOCKS)
+    model(images())
+    teacher(images())
+    blocks = float(pair.loss(SAME, SAME).detach())
+    assert float(pair.loss(2 * SAME, 3 * SAME).detach()) == pytest.approx(blocks + 1 / 9)
 
 
 def test_the_same_network_loses_nothing() -> None:
@@ -68,7 +77,7 @@ def test_the_same_network_loses_nothing() -> None:
     pair = FeaturePair(model, teacher := copy.deepcopy(model), BLOCKS)
     model(images())
     teacher(images())
-    assert float(pair.loss().detach()) == 0
+    assert float(pair.loss(SAME, SAME).detach()) == 0
 
 
 def test_the_last_forward_pass_counts() -> None:
@@ -77,14 +86,14 @@ def test_the_last_forward_pass_counts() -> None:
     for inputs in (images() + 1, images()):
         model(inputs)
         teacher(inputs)
-    assert float(pair.loss().detach()) == pytest.approx(by_hand(model, teacher, images()), rel=1e-5)
+    assert float(pair.loss(SAME, SAME).detach()) == pytest.approx(by_hand(model, teacher, images()), rel=1e-5)
 
 
 def test_the_whole_network_is_no_block_of_its_own() -> None:
     model, teacher = network(1), network(2)
     pair = FeaturePair(model, teacher, [Block("", ("0.weight",))])
     assert hooks(model, teacher) == 0
-    assert float(pair.loss().detach()) == 0
+    assert float(pair.loss(SAME, SAME).detach()) == 0
 
 
 def test_a_target_that_never_changes_gives_a_finite_loss() -> None:
@@ -94,7 +103,7 @@ def test_a_target_that_never_changes_gives_a_finite_loss() -> None:
     pair = FeaturePair(model, teacher, BLOCKS[:1])
     model(images())
     teacher(images())
-    assert pair.loss().isfinite()
+    assert pair.loss(SAME, SAME).isfinite()
 
 
 def test_gradients_reach_the_network_only() -> None:
@@ -102,7 +111,7 @@ def test_gradients_reach_the_network_only() -> None:
     pair = FeaturePair(model, teacher, BLOCKS)
     model(images())
     teacher(images())
-    pair.loss().backward()
+    pair.loss(SAME, SAME).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     for name in ("0.weight", "2.weight"):
         gradient = model.get_parameter(name).grad
