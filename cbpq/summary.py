@@ -162,5 +162,4 @@ def settings_toml(job: Plan) -> str:
     }
     # JSON's strings, numbers, truth values and lists of strings are TOML's as well
     lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in choices.items()]
-    data = "--data PATH " if job.data is not None else ""
-    return f"# cbpq quantize SOURCE {data}--config settings.toml\n" + "".join(lines)
+    return "# cbpq quantize SOURCE [--data PATH] --config settings.toml\n" + "".join(lines)
