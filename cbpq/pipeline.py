@@ -137,9 +137,8 @@ def execute(
         CbpqError: what went wrong. The last checkpoint and an earlier result are intact.
         Interrupted: ``should_stop`` said so.
     """
-    if job.data is None:
-        check_labels_for_loss(job.resolved.settings)
-    elif job.data.train is None:
+    check_labels_for_loss(job)
+    if job.data is not None and job.data.train is None:
         raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
     claim_output(output, resume=resume, overwrite=overwrite)
     return _Execution(job, output, resume, listener, should_stop).run()

@@ -17,7 +17,7 @@ from cbpq.layers import LayerChoice, choose_layers
 from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
-from cbpq.presets import AUTO, Resolved, Settings, resolve
+from cbpq.presets import AUTO, Resolved, resolve
 from cbpq.synthesis import SynthesisChoices, claim_folder, remembering
 
 FREE_SETTINGS = ("checkpoint_minutes", "evaluate_every")  # they do not change the result
@@ -166,8 +166,6 @@ def plan(
     )
     if loaded_data is not None:
         loaded_data.set_batch_size(resolved.settings.batch_size)
-        if not labelled:
-            check_labels_for_loss(resolved.settings)
     choices = {
         "include": list(include),
         "exclude": list(exclude),
@@ -238,14 +236,15 @@ def check_no_data_flags(
             raise UsageError(f"{flag} is about data, but there are none; add --data PATH, or leave it out")
 
 
-def check_labels_for_loss(settings: Settings) -> None:
+def check_labels_for_loss(job: Plan) -> None:
     """Refuse a loss that needs labels where the training pictures have none.
 
     Raises:
         UsageError: naming the setting.
     """
-    if settings.distillation < 1:
+    share = job.resolved.settings.distillation
+    if share < 1 and not (job.data is not None and job.data.labelled):
         raise UsageError(
-            f"there are no labels, which setting distillation = {settings.distillation:g} needs; "
+            f"there are no labels, which setting distillation = {share:g} needs; "
             "give --set distillation=1, or --data with labelled pictures"
         )

@@ -119,7 +119,7 @@ def test_every_block_comes_nearer_to_the_originals(case: Case, granularity: str)
     check_levels(model, starts)
     with torch.no_grad():
         ends = [torch.cat([net(batch) for batch in case.images]) for net in (case.original, model.eval(), case.rounded)]
-    assert (ends[1] - ends[0]).square().mean() < 0.85 * (ends[2] - ends[0]).square().mean()
+    assert (ends[1] - ends[0]).square().mean() < 0.95 * (ends[2] - ends[0]).square().mean()
 
 
 def test_weights_end_on_other_levels_and_scales_move(case: Case) -> None:

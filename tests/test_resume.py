@@ -38,8 +38,9 @@ from cbpq.report import Report
 from cbpq.training import EpochEnd, Run, Step
 
 EPOCHS = 3
-SETTINGS = {"epochs": EPOCHS, "batch_size": 24, "checkpoint_minutes": 0.0}  # so it is saved after every step
-RUN = ("-b", "24", "--epochs", str(EPOCHS), "--device", "cpu")
+# saved after every step; of the stages before training only the one that takes no time (test_stages has the others)
+SETTINGS = {"epochs": EPOCHS, "batch_size": 24, "checkpoint_minutes": 0.0, "rounding": "nearest"}
+RUN = ("-b", "24", "--epochs", str(EPOCHS), "--device", "cpu", "--rounding", "nearest")
 FLAGS = (*RUN, "--set", "checkpoint_minutes=0")
 
 
@@ -500,5 +501,5 @@ def test_ticks_are_counted(job: Path, tmp_path: Path) -> None:
     """Phases say how many steps they have, so that a display can tell how much is left."""
     events: list[Event] = []
     attempt(job, tmp_path / "out", listener=events.append)
-    assert sum(isinstance(event, Tick) for event in events) == 2 * 2 + 2 * 2 + 4
+    assert sum(isinstance(event, Tick) for event in events) == 3 * 2 + 2 * 2 + 4  # measurements, epochs, settling
     assert sum(isinstance(event, EpochEnd) for event in events) == EPOCHS

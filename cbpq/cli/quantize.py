@@ -254,7 +254,7 @@ def command(
     from cbpq.levels import level_set
     from cbpq.outputs import claim_output
     from cbpq.pipeline import execute
-    from cbpq.planning import plan
+    from cbpq.planning import check_labels_for_loss, plan
 
     folder = output or default_output(source, level_set(choices["constraint"]).name)
     if not dry_run:
@@ -284,6 +284,7 @@ def command(
     if dry_run:
         show_plan(job, origins, stdout(), as_json=json)
         return
+    check_labels_for_loss(job)
     for text in job.warnings:
         warn(console, text)
     with Display(console) as display:
