@@ -200,7 +200,7 @@ class _Execution:
         self.original = Predictions.from_state(state["original"]) if state["original"] else None
         self.pictures = state["pictures"]
         self.stages = [Stage(**values) for values in state["stages"]]
-        self.starts = {name: Start(*pair) for name, pair in state["starts"].items()}
+        self.starts = {name: Start(*(t.to(self.job.device) for t in pair)) for name, pair in state["starts"].items()}
         if state["network"]:
             network.load_state_dict(state["network"])
 
