@@ -314,7 +314,8 @@ class _Execution:
         saved_at = run.seconds
         training = Phase(TRAINED, settings.epochs * len(run.loader))
         self._measure_epoch(run)  # what was interrupted before it could
-        self._emit(training)
+        if settings.epochs:
+            self._emit(training)
         for event in train(run):
             self._emit(event)
             stop = self.should_stop()
