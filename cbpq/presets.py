@@ -142,8 +142,8 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 }
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Little data: rounding alone is the default. Training with these rates can cost more than it wins, as it did for
-# SqueezeNet with two-bit shifts; epochs = 8, say, adds reconstruction and distillation. The finer the levels, the closer
-# rounding comes, and the less training should move. Inputs above SMALL_INPUT pixels are expensive.
+# SqueezeNet with two-bit shifts; epochs = 8, say, adds reconstruction and distillation. The finer the levels, the
+# closer rounding comes, and the less training should move. Inputs above SMALL_INPUT pixels are expensive.
 LITTLE_DATA_LR = {"binary": 3e-2, "ternary": 1e-2}
 LITTLE_DATA_LARGE = {
     "epochs": 8,
