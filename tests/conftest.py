@@ -1,5 +1,5 @@
-"""Tests run in several processes at a time, so each of them computes with one thread."""
+"""Tests compute with one thread: sums over several may differ in the last bit, and several tests run at a time."""
 
-import os
+import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is after this
+torch.set_num_threads(1)

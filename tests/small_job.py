@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,20 @@ ROOT = Path(__file__).parents[1]
 CLASSES, SIDE = 6, 8
 ARGUMENTS: dict[str, Any] = {"num_classes": CLASSES, "in_chans": 1, "channels": [8, 8, 8, 8], "output_stride": 8}
 SPEC = {"channels": 1, "height": SIDE, "width": SIDE, "mean": [0.5], "std": [0.25], "interpolation": "bilinear"}
+# the text of a module whose function makes a network without BatchNorm
+PLAIN_NETWORK = """
+from torch import nn
+
+
+def make(num_classes=6):
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, num_classes)),
+    )
+
+
+make.input_spec = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25], "interpolation": "bilinear"}
+"""
 RESULTS = {"model.safetensors", "report.json", "report.md", "events.jsonl", "settings.toml"}
 
 
@@ -66,15 +80,6 @@ def one_line(outcome: Outcome, code: int, *parts: str) -> str:
     assert outcome.out == ""
     assert outcome.err == line + "\n"
     return line
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread, as in the processes the tests start: sums over several threads may differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def environment() -> dict[str, str]:

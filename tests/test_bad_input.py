@@ -22,7 +22,6 @@ from small_job import (
     command,
     contents,
     one_line,
-    one_thread,
     refused,
     write_arrays,
     write_folder,
@@ -37,12 +36,6 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("the-code-ran",)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

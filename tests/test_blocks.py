@@ -8,18 +8,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from small_job import one_thread
 from torch import Tensor, nn
 
 from cbpq.blocks import MOST_WEIGHTS, Block, find_blocks, inputs_of
 from cbpq.compensation import run_block
 from cbpq.layers import choose_layers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

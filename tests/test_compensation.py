@@ -1,14 +1,14 @@
 """Whole networks rounded without training: where their weights end, what else changes, and what it is good for."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_job import ARGUMENTS, one_thread, pictures, write_network
+from small_job import ARGUMENTS, pictures, write_network
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,12 +22,6 @@ from cbpq.uses import watching
 
 RULES = ("compensated", "nearest")
 TWO_BIT = Rounding(CONSTRAINTS["two-bit-shift"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

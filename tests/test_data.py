@@ -52,14 +52,6 @@ LARGE = InputSpec(3, 72, 72, MEAN, STD, crop_pct=0.9)
 GREY = InputSpec(1, 8, 8, (0.5,), (0.5,))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_image(seed: int, width: int = 20, height: int = 18, mode: str = "RGB") -> Image.Image:
     shape = (height, width, 3) if mode == "RGB" else (height, width)
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))

@@ -30,14 +30,6 @@ from cbpq.evaluation import (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Batches:
     """An evaluation loader over tensors."""
 

@@ -6,7 +6,6 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_job import RESULTS, ROOT, command, contents, one_thread, write_folder
+from small_job import RESULTS, ROOT, command, contents, write_folder
 
 import cbpq
 from cbpq.levels import level_set
@@ -25,12 +24,6 @@ from cbpq.models import load_model
 
 EXAMPLES = ROOT / "examples"
 DOCUMENTS = (ROOT / "README.md", *sorted(EXAMPLES.rglob("*.md")))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def script(path: Path) -> ModuleType:

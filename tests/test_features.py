@@ -1,12 +1,11 @@
 """Feature distillation: what the blocks' outputs add to the loss, and that nothing of it stays behind."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from small_job import one_thread, write_arrays, write_network
+from small_job import write_arrays, write_network
 from torch import Tensor, nn
 
 from cbpq.blocks import Block
@@ -20,12 +19,6 @@ from cbpq.training import Run, Step, finish, prepare, train
 
 SAME = torch.ones(2, 3)  # logits that agree
 BLOCKS = (Block("0", ("0.weight",)), Block("", ("4.weight",)), Block("2", ("2.weight",)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def network(seed: int, inplace: bool = True) -> nn.Module:

@@ -5,7 +5,6 @@ with latent weights and multipliers; ``C/history`` rows of epoch, L_sum, g, lear
 was updated.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,16 +50,6 @@ def recorded(prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in GOLDEN.items() if key.startswith(prefix)}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums are taken in the same order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_trajectory(constraint: str) -> None:
     net = Net()

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 
@@ -37,15 +36,6 @@ scales = st.floats(-8, 8).map(lambda exponent: float(np.float32(10.0**exponent))
 units = st.lists(
     st.floats(-1.5, 1.5) | st.floats(-100, 100) | st.sampled_from([0.0, 1.0, -1.0]), min_size=1, max_size=30
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def levels_of(name: str, scale: float) -> list[Fraction]:

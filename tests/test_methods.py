@@ -28,15 +28,6 @@ every_method = pytest.mark.parametrize("method", METHODS)
 every_constraint = pytest.mark.parametrize("constraint", NAMES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Quadratic(nn.Module):
     """Two weight matrices, drawn to a target each: the loss is Σ ‖w − target‖² / 2."""
 

@@ -38,14 +38,6 @@ from cbpq.models import (
 from cbpq.published import recognised, torchvision_entry
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def refused(error: type[CbpqError], *args: Any, **options: Any) -> str:
     with pytest.raises(error) as caught:
         load_model(*args, **options)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torchvision
 from PIL import Image
 from small_job import (
     CLASSES,
+    PLAIN_NETWORK,
     RESULTS,
     SIDE,
     Outcome,
@@ -20,7 +20,6 @@ from small_job import (
     contents,
     events_of,
     one_line,
-    one_thread,
     refused,
     write_arrays,
     write_network,
@@ -35,26 +34,6 @@ SHORT = ("--calibration", 32, "--epochs", 1, "-b", 16, "--set", "epoch_images=64
 STEPS = ("--set", "reconstruction_steps=4", "--set", "reconstruction_images=32")
 FEW_LAYERS = ("--include", "layer2*", "--include", "layer3*")
 WARNING = "no data were given: pictures are synthesised from the network's BatchNorm statistics"
-
-PLAIN_NETWORK = """
-from torch import nn
-
-
-def make(num_classes=6):
-    return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, num_classes)),
-    )
-
-
-make.input_spec = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25], "interpolation": "bilinear"}
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

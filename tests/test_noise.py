@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_job import command, one_thread, write_arrays, write_network
+from small_job import command, write_arrays, write_network
 from torch import Tensor, nn
 
 from cbpq.noise import POSITIONS, signal_to_noise
 
 NAMES = ("0.weight", "2.weight", "5.weight")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from small_job import (
+    PLAIN_NETWORK,
     RESULTS,
     ROOT,
     Outcome,
@@ -20,7 +21,6 @@ from small_job import (
     contents,
     events_of,
     one_line,
-    one_thread,
     refused,
     write_arrays,
     write_folder,
@@ -45,26 +45,6 @@ from cbpq.training import EpochEnd, Step, finish, prepare, take_step
 
 DIGITS = ROOT / "examples" / "digits"
 SHORT = ("-b", "16", "--epochs", "2", "--device", "cpu")
-
-PLAIN_NETWORK = """
-from torch import nn
-
-
-def make(num_classes=6):
-    return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, num_classes)),
-    )
-
-
-make.input_spec = {"channels": 1, "height": 8, "width": 8, "mean": [0.5], "std": [0.25], "interpolation": "bilinear"}
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_job import ARGUMENTS, one_thread, pictures, write_arrays, write_network
+from small_job import ARGUMENTS, pictures, write_arrays, write_network
 from torch import Tensor, nn
 
 from cbpq import pipeline
@@ -26,12 +26,6 @@ from cbpq.presets import Settings, resolve
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 
 TERNARY = level_set("ternary")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from small_job import (
     environment,
     events_of,
     one_line,
-    one_thread,
     refused,
     write_arrays,
     write_folder,
@@ -42,12 +41,6 @@ EPOCHS = 3
 SETTINGS = {"epochs": EPOCHS, "batch_size": 24, "checkpoint_minutes": 0.0, "rounding": "nearest"}
 RUN = ("-b", "24", "--epochs", str(EPOCHS), "--device", "cpu", "--rounding", "nearest")
 FLAGS = (*RUN, "--set", "checkpoint_minutes=0")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

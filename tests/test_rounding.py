@@ -1,6 +1,5 @@
 """Compensated rounding against a reference in scalars, exhaustive search, and matrices that are none."""
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_job import one_thread
 from torch import Tensor
 
 from cbpq import rounding
@@ -17,12 +15,6 @@ from cbpq.rounding import DAMPING, Rounded, into_cells, round_compensated
 from cbpq.scales import initial_scale
 
 NAMES = ("two-bit-shift", "ternary", "binary", "levels:-1,-0.3,0.3,1", "levels:0,1")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

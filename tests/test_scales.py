@@ -1,6 +1,5 @@
 """First scales: the paper's mean, and the best scale of all against a search by brute force."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -23,15 +22,6 @@ NAMES = (
     "levels:1,2",
 )
 GRANULARITIES = ("layer", "channel")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(kind: str, *shape: int) -> Tensor:

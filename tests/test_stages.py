@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from small_job import (
     contents,
     environment,
     events_of,
-    one_thread,
     pictures,
     write_arrays,
     write_network,
@@ -57,12 +55,6 @@ SHORT: dict[str, Any] = {
     "reconstruction_images": 24,
     "checkpoint_minutes": 60.0,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Pictures made of a network alone."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_job import CLASSES, one_thread, write_network
+from small_job import CLASSES, write_network
 from torch import Tensor, nn
 
 from cbpq import synthesis
@@ -29,12 +28,6 @@ from cbpq.transforms import Normalize
 FEW = SynthesisChoices(count=40, batch_size=20, steps=25, label_weight=0.3, shift=0)
 GREY = InputSpec(1, 8, 8, mean=(0.5,), std=(0.25,))
 COLOUR = InputSpec(3, 8, 8, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,6 @@ from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, finish, prepare
 CLASSES = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are quickest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Loader:
     """Batches that depend on epoch and position alone."""
 

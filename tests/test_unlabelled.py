@@ -18,7 +18,6 @@ from small_job import (
     contents,
     events_of,
     one_line,
-    one_thread,
     pictures,
     refused,
     write_arrays,
@@ -38,12 +37,6 @@ from cbpq.pictures import NO_LABEL
 from cbpq.report import accuracy_section
 
 GREY = InputSpec(1, 8, 8, mean=(0.5,), std=(0.25,))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

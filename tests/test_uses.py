@@ -1,22 +1,14 @@
 """What a weight is multiplied with: columns that, times the weight, give the layer's very outputs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import timm
 import torch
-from small_job import one_thread
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cbpq.uses import Use, watching
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
