@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from cbpq import stages
 from cbpq.atomic import atomic_write, remove_leftovers
 from cbpq.checkpoint import load_checkpoint, save_checkpoint
-from cbpq.compensation import Start, round_network
+from cbpq.compensation import Rounding, Start, round_network
 from cbpq.data import Data, TrainLoader, synthetic_data
 from cbpq.devices import PeakMemory
-from cbpq.errors import CbpqError, TrainingError, UsageError
+from cbpq.errors import TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
+from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
 from cbpq.loaders import RepeatedBatches
 from cbpq.model_file import save
 from cbpq.noise import signal_to_noise
@@ -41,52 +42,6 @@ SYNTHESIS = "synthesis"
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = "nearest rounding", "compensated rounding", "reconstruction", "training"
 STAGES = (NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED)
 LAYER_PICTURES = 128  # that the layers' outputs are compared on
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the run begins; ``steps`` ticks follow, or 0 if it is not counted."""
-
-    name: str
-    steps: int = 0
-
-
-@dataclass(frozen=True)
-class Tick:
-    """One step of the present phase is done."""
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A network was measured: ``original``, ``epoch N`` or ``quantized``."""
-
-    which: str
-    result: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint was written, with ``step`` steps of the epoch after ``epoch`` done."""
-
-    epoch: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """An unfinished run goes on after ``step`` steps of ``epoch``."""
-
-    epoch: int
-    step: int
-
-
-Event = Phase | Tick | Evaluated | Saved | Resumed | Step | EpochEnd
-
-
-class Interrupted(CbpqError):
-    """The run was asked to stop."""
-
-    exit_code = 130
 
 
 def quantize(
@@ -233,12 +188,16 @@ class _Execution:
         names = job.layers.constrained
         done = {stage.name for stage in self.stages}
 
+        def rounding(rule: str) -> Rounding:
+            return Rounding(job.levels, rule, settings.scale_rule, settings.scale_granularity)
+
         def nearest() -> dict[str, Start]:
-            return round_network(network, teacher, names, stages.rounding(job.levels, settings, "nearest"))
+            return round_network(network, teacher, names, rounding("nearest"))
 
         def compensated() -> dict[str, Start]:
+            network.load_state_dict(teacher.state_dict())
             images = stages.calibration_images(data, job.device)
-            return stages.compensate(network, teacher, names, job.levels, settings, images, self._tick)
+            return round_network(network, teacher, names, rounding("compensated"), images, self._tick)
 
         def reconstructed() -> dict[str, Start]:
             images = stages.augmented_images(data, settings, job.device)

@@ -1,40 +1,18 @@
-"""What happens to the weights before they are trained: rounding, and reconstruction block by block.
+"""What the stages before training are given: pictures, and what one stage takes over from another."""
 
-Each function takes the network as the stage before left it, changes it in place, and returns where training starts.
-"""
-
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from cbpq.compensation import Rounding, Start, round_network
+from cbpq.compensation import Start
 from cbpq.data import Batch, Data
 from cbpq.levels import Grid, LevelSet
 from cbpq.presets import Settings
 
 MEMORY = 2**28  # bytes of pictures that the stages before training look at, at most
 FEWEST_PICTURES = 32  # looked at whatever they take
-
-
-def rounding(levels: LevelSet, settings: Settings, rule: str) -> Rounding:
-    """The choices of ``round_network`` as the settings make them."""
-    return Rounding(levels, rule, settings.scale_rule, settings.scale_granularity)
-
-
-def compensate(
-    network: nn.Module,
-    original: nn.Module,
-    names: Sequence[str],
-    levels: LevelSet,
-    settings: Settings,
-    images: Sequence[Tensor],
-    on_layer: Callable[[], object],
-) -> dict[str, Start]:
-    """Round with compensation."""
-    network.load_state_dict(original.state_dict())
-    return round_network(network, original, names, rounding(levels, settings, "compensated"), images, on_layer)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ ROWS = (
         "inspection",
     ),
     ("exports", "sections", "report"),
-    ("planning", "stages", "summary", "pipeline"),
+    ("planning", "events", "stages", "summary", "pipeline"),
     ("api",),
     ("cli", "__main__"),
 )

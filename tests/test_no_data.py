@@ -26,8 +26,9 @@ from small_job import (
 )
 
 from cbpq.data import synthetic_data
+from cbpq.events import Interrupted, Phase, Tick
 from cbpq.inputs import InputSpec
-from cbpq.pipeline import Interrupted, Phase, Tick, execute, quantize
+from cbpq.pipeline import execute, quantize
 from cbpq.planning import plan
 
 SHORT = ("--calibration", 32, "--epochs", 1, "-b", 16, "--set", "epoch_images=64", "--device", "cpu")

@@ -30,6 +30,7 @@ from small_job import (
 import cbpq
 from cbpq.cli.display import Display
 from cbpq.cli.quantize import default_output
+from cbpq.events import Evaluated, Event, Saved
 from cbpq.fileformat import read
 from cbpq.inspection import inspect_file
 from cbpq.layers import choose_layers
@@ -37,7 +38,7 @@ from cbpq.levels import level_set
 from cbpq.loaders import Batch
 from cbpq.model_file import save
 from cbpq.models import load_model, logits
-from cbpq.pipeline import Evaluated, Event, Saved, execute
+from cbpq.pipeline import execute
 from cbpq.planning import plan
 from cbpq.presets import SETTINGS, resolve
 from cbpq.scales import initial_scale

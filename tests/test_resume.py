@@ -31,7 +31,8 @@ from small_job import (
 
 from cbpq import pipeline, recipe, training
 from cbpq.errors import CbpqError
-from cbpq.pipeline import Event, Interrupted, Saved, Tick, execute
+from cbpq.events import Event, Interrupted, Saved, Tick
+from cbpq.pipeline import execute
 from cbpq.planning import plan
 from cbpq.report import Report
 from cbpq.training import EpochEnd, Run, Step

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from cbpq import stages
 from cbpq.compensation import Rounding, Start, round_network
+from cbpq.events import Event, Interrupted, Phase, Tick
 from cbpq.fileformat import read
 from cbpq.layers import choose_layers
 from cbpq.levels import Grid, level_set
 from cbpq.model_file import save
 from cbpq.models import load_model
-from cbpq.pipeline import STAGES, Event, Interrupted, Phase, Tick, execute
+from cbpq.pipeline import STAGES, execute
 from cbpq.planning import Plan, plan
 from cbpq.report import Report
 from cbpq.scales import initial_scale

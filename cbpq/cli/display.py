@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cbpq.cli.common import note, print_json, warn
-from cbpq.pipeline import Evaluated, Event, Phase, Resumed, Saved, Tick
+from cbpq.events import Evaluated, Event, Phase, Resumed, Saved, Tick
 from cbpq.planning import Plan
 from cbpq.sections import percent
 from cbpq.training import EpochEnd, Step
