@@ -12,13 +12,17 @@ x, x̃ (K,)     –               an input of the layer in the original network,
 H (K, K)      ``moment``      second moment of the rounded network's inputs, Σ x̃ x̃ᵀ
 C (K, K)      ``cross``       cross moment, Σ x x̃ᵀ; equal to H where both networks see the same
 q, a          ``grid``        levels, and the scale of each row
-U             ``factor``      upper Cholesky factor of H⁻¹ = Uᵀ U
+U             ``factor``      upper Cholesky factor of H⁻¹ = Uᵀ U, (K, K)
 ============  ==============  ===============================================================================
 
 Sought are levels with  Σ ‖W x − a q x̃‖²  small. Of all real matrices W* = W C H⁻¹ is best, and any other V costs
 Σ_r (V − W*)_r H (V − W*)_rᵀ more. So W*, not W, is rounded: column j goes to its nearest level, and what that leaves,
 e = (w_j − a q_j) / U_jj, is spread over the columns that are not placed yet, w_k ← w_k − e U_jk for k > j. For given
 levels the best scale is a = (q H w*) / (q H q); levels and scale are found in turn.
+
+The last columns have nothing left to make up for them. So, at the end, coordinate descent (as in QuantEase; Behdin et
+al. 2023, arXiv 2309.01885): each weight in turn moves to the level nearest to w_j + ((W* − w) H)_j / H_jj, where it
+costs least as long as all others stay, until none moves. H stands for H + δ throughout, with a little damping δ.
 
 Grouped convolutions have G such matrices; every tensor here has that axis in front.
 """
@@ -37,8 +41,9 @@ from cbpq.scales import SMALLEST_SCALE, initial_scale
 DAMPING = 0.01  # of H's mean diagonal, added to it: GPTQ's value
 MOST_DAMPINGS = 6  # each ten times the one before, the last a thousand times the mean
 BLOCK = 128  # columns whose corrections are carried along at once
-SCALE_TRIALS = (1.0, 0.85, 1.15)  # start scales, relative to the least-squares one
-REFINEMENTS = 2  # turns of levels and scale for each of them
+SCALE_TRIALS = (0.75, 0.87, 1.0, 1.15, 1.3)  # start scales, relative to the least-squares one
+REFINEMENTS = 4  # turns of levels and scale for each of them
+SWEEPS = 20  # of coordinate descent, at most
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def round_compensated(
     if cross is not None:  # W* of Σ‖W x − V x̃‖² + δ‖V − W‖²: the damping pulls it towards W
         right = original @ _both(cross.cpu().double(), order) + damping * original
         target = torch.where(dead.unsqueeze(1), original, right @ factor.mT @ factor)
-    scale, latent = reduce(_better, _trials(target, h, factor, levels, per_row))[1:]
+    h = h + damping * torch.eye(h.shape[1], dtype=h.dtype)  # the same cost whose least is at W*
+    best = reduce(_better, _trials(target, h, factor, levels, per_row))
+    _, scale, latent = _better(best, _descend(best, target, h, levels, per_row))
     back = order.argsort(dim=1)
     return Rounded(scale, _columns(latent, back), _columns(target, back))
 
@@ -145,6 +152,40 @@ def _place(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
             errors[:, :, column - start : column - start + 1] = error
             latent[:, :, column + 1 : stop] -= error @ factor[:, column : column + 1, column + 1 : stop]
         latent[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return latent
+
+
+def _descend(start: _Trial, target: Tensor, h: Tensor, levels: LevelSet, per_row: bool) -> _Trial:
+    """Levels and scale in turn, until no weight moves."""
+    _, scale, latent = start
+    for _ in range(SWEEPS):
+        grid = Grid(levels, scale)
+        before = grid.level(latent)
+        latent = _sweep(grid.nearest(latent), target, h, grid)
+        level = grid.level(latent)
+        scale = _best_scale(target, level, h, scale, per_row)
+        latent = into_cells(latent, level, Grid(levels, scale))
+        if torch.equal(level, before):
+            break
+    rest = target - Grid(levels, scale).nearest(latent)
+    return _Trial(_quadratic(rest, rest, h, per_row), scale, latent)
+
+
+def _sweep(value: Tensor, target: Tensor, h: Tensor, grid: Grid) -> Tensor:
+    """One turn of coordinate descent: each weight just before it is placed anew, all others being where they are."""
+    latent = torch.empty_like(value)
+    slope = (target - value) @ h
+    size = h.diagonal(dim1=1, dim2=2)[..., None, None]
+    for start in range(0, value.shape[2], BLOCK):
+        block = slice(start, min(start + BLOCK, value.shape[2]))
+        before = value[:, :, block].clone()
+        for column in range(block.start, block.stop):
+            own = slice(column, column + 1)
+            latent[:, :, own] = value[:, :, own] + slope[:, :, own] / size[:, column]
+            placed = grid.nearest(latent[:, :, own])
+            slope[:, :, block] -= (placed - value[:, :, own]) @ h[:, own, block]
+            value[:, :, own] = placed
+        slope[:, :, block.stop :] -= (value[:, :, block] - before) @ h[:, block, block.stop :]
     return latent
 
 

@@ -39,6 +39,11 @@ def weights(rounded: Rounded, levels: LevelSet) -> Tensor:
     return Grid(levels, rounded.scale).nearest(rounded.latent)
 
 
+def damped(h: Tensor) -> Tensor:
+    """H + δ, which is what the cost of rounding is measured with."""
+    return h + rounding._inverse_factor(h)[1] * torch.eye(h.shape[1])
+
+
 def costs(difference: Tensor, h: Tensor) -> Tensor:
     """d H dᵀ of each row (G, R)."""
     return torch.einsum("grk,gkl,grl->gr", difference, h, difference)
@@ -159,6 +164,7 @@ def test_the_scale_is_the_best_for_its_levels(name: str, per_row: bool) -> None:
     levels, h, weight = level_set(name), moment(correlated(2, 9, 40)), normal(2, 3, 9)
     found = round_compensated(weight, h, levels, per_row=per_row)
     level = codes(found, levels)
+    h = damped(h)
 
     def cost(share: float) -> Tensor:
         by_row = costs(weight - share * found.scale * level, h)
@@ -174,6 +180,40 @@ def test_the_scale_is_the_best_for_its_levels(name: str, per_row: bool) -> None:
     aligned = torch.einsum("grk,gkl,grl->gr", level, h, weight) > 0
     assert (flat | ~aligned).all()
     assert aligned.all() or name == "levels:0,1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep_moves_each_weight_to_where_it_costs_least(name: str) -> None:
+    levels, h, target = level_set(name), moment(correlated(2, 150, 400)), normal(2, 3, 150)
+    scale = 0.5 + 0.1 * normal(2, 3, 1, seed=5)
+    grid = Grid(levels, scale)
+    latent = rounding._sweep(grid.nearest(target), target, h, grid)
+    for g, r in product(range(2), range(3)):
+        row = grid.nearest(target)[g, r].numpy().copy()
+        for j in range(150):  # more than one block of columns
+            rest = (target[g, r].numpy() - row) @ h[g].numpy()[:, j]
+            best = row[j] + rest / h[g, j, j].item()
+            np.testing.assert_allclose(latent[g, r, j].item(), best, rtol=1e-7, atol=1e-9)
+            tried = []
+            for level in levels.levels:
+                other = row.copy()
+                other[j] = scale[g, r].item() * level
+                difference = target[g, r].numpy() - other
+                tried.append((difference @ h[g].numpy() @ difference, other[j]))
+            row[j] = min(tried)[1]
+        np.testing.assert_allclose(grid.nearest(latent)[g, r].numpy(), row)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_in_the_end_no_weight_would_be_better_elsewhere(name: str, per_row: bool) -> None:
+    levels, h, weight = level_set(name), moment(correlated(2, 12, 40)), normal(2, 5, 12)
+    found = round_compensated(weight, h, levels, per_row=per_row)
+    here = costs(weight - weights(found, levels), damped(h))
+    for column, level in product(range(12), levels.levels):
+        other = weights(found, levels)
+        other[:, :, column] = found.scale[:, :, 0] * level
+        assert (costs(weight - other, damped(h)) >= here * (1 - 1e-9)).all()
 
 
 def test_the_target_is_the_ridge_solution() -> None:
