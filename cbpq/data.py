@@ -43,7 +43,8 @@ class Data:
     ``notes``.
 
     ``calibration`` shows training pictures as they are for evaluation, in a fixed order: all of them if they have no
-    labels, else a few of every class. It is None without training pictures, and for streams.
+    labels, else a few of every class. Where training mirrors pictures, their mirror images follow. It is None without
+    training pictures, and for streams.
     """
 
     train: TrainLoader | None
@@ -195,7 +196,9 @@ def _assemble(splits: Splits, chosen: Chosen, spec: InputSpec, num_classes: int,
         train_source = _source(train, spec, how.workers, seed, augmentation)
         train_loader = TrainBatches(train_source, normalize, augmentation, batch_size=how.batch_size, seed=seed)
         calibration_source = _source(calibrating(train, how.calibration, seed), spec, how.workers, seed, Augmentation())
-        calibration_loader = EvalBatches(calibration_source, normalize, batch_size=how.batch_size)
+        calibration_loader = EvalBatches(
+            calibration_source, normalize, batch_size=how.batch_size, mirrored=augmentation.flip
+        )
         if not train.labelled and len(train.indices) < FEW:
             notes.append(_few(len(train.indices)))
     val_loader = EvalBatches(

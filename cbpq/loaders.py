@@ -211,26 +211,32 @@ class RepeatedBatches:
 
 
 class EvalBatches:
-    """The evaluation loader over a source."""
+    """The evaluation loader over a source; with ``mirrored``, each image's mirror image follows after all of them."""
 
-    def __init__(self, source: Source, normalize: Normalize, *, batch_size: int) -> None:
+    def __init__(self, source: Source, normalize: Normalize, *, batch_size: int, mirrored: bool = False) -> None:
         self._source, self._normalize = source, normalize
+        self._turns = (False, True) if mirrored else (False,)
         self._labels = torch.from_numpy(source.labels)
         self.batch_size = batch_size
 
     @property
     def images(self) -> int:
         """Number of images."""
-        return len(self._labels)
+        return len(self._turns) * len(self._labels)
 
     def __len__(self) -> int:
-        return -(-self.images // self.batch_size)
+        return len(self._turns) * len(self._plan())
 
     def __iter__(self) -> Iterator[Batch]:
-        everything = np.arange(self.images, dtype=np.int64)
-        plan = [everything[index * self.batch_size :][: self.batch_size] for index in range(len(self))]
-        for samples, images in zip(plan, self._source.batches(plan, None), strict=True):
-            yield Batch(self._normalize(images), self._labels[torch.from_numpy(samples)])
+        plan = self._plan()
+        for mirror in self._turns:
+            for samples, images in zip(plan, self._source.batches(plan, None), strict=True):
+                normalized = self._normalize(images)
+                yield Batch(normalized.flip(-1) if mirror else normalized, self._labels[torch.from_numpy(samples)])
+
+    def _plan(self) -> list[Indices]:
+        everything = np.arange(len(self._labels), dtype=np.int64)
+        return [everything[start:][: self.batch_size] for start in range(0, len(everything), self.batch_size)]
 
 
 def batches_per_epoch(images: int, batch_size: int) -> int:

@@ -25,13 +25,21 @@ def cosine(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * progress)
 
 
-def loss_of(output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings) -> Tensor:
-    """(1 − d) · cross-entropy + d · T² · KL(original ‖ output) (Hinton et al. 2015), d the share of distillation."""
+def loss_of(
+    output: Tensor, labels: Tensor, target: Tensor | None, settings: Settings, difference: Tensor | None = None
+) -> Tensor:
+    """(1 − d) · cross-entropy + d · D, with d the share of distillation.
+
+    D says how far the network is from the original: ``difference`` where it is given, else of its outputs alone,
+    T² · KL(original ‖ output) (Hinton et al. 2015).
+    """
     share, temperature = settings.distillation, settings.temperature
     loss = output.new_zeros((), dtype=torch.float32)
     if target is None or share < 1:
         loss = loss + (1 - share) * nn.functional.cross_entropy(output.float(), labels)
-    if target is not None:
+    if difference is not None:
+        loss = loss + share * difference
+    elif target is not None:
         divergence = nn.functional.kl_div(
             (output.float() / temperature).log_softmax(1),
             (target.float() / temperature).log_softmax(1),

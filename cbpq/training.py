@@ -154,7 +154,7 @@ def prepare(
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     run = Run(model, teacher, constrained, optimizer, loader, settings, device, amp, max_seconds)
-    if teacher is not None and settings.feature_distillation:
+    if teacher is not None and settings.distillation_loss == "features":
         images = next(iter(loader.epoch(0))).images.to(device)
         run.features = FeaturePair(model, teacher, find_blocks(model, constrained.names, images))
     run.done = settings.epochs == 0
@@ -198,11 +198,12 @@ def take_step(run: Run, batch: Batch) -> float:
         output = forward(run, images)
         with torch.no_grad():
             target = logits(run.teacher(images)) if run.teacher is not None else None
-        loss = loss_of(logits(output), labels, target, run.settings)
+        difference = None
+        if run.features is not None and target is not None:
+            difference = run.features.loss(logits(output), target)
+        loss = loss_of(logits(output), labels, target, run.settings, difference)
         for auxiliary in auxiliary_logits(output):
             loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)
-        if run.features is not None and target is not None:
-            loss = loss + run.settings.feature_distillation * run.features.loss(logits(output), target)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingError(

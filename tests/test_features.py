@@ -139,12 +139,12 @@ def test_removed_means_that_nothing_is_left() -> None:
 # In training
 
 
-def run_of(folder: Path, weight: float) -> Run:
+def run_of(folder: Path, compared: str) -> Run:
     """A run on a small network, not begun."""
     path = folder / "net.safetensors"
     loaded = load_model(str(path if path.exists() else write_network(path, steps=20)))
     settings = resolve(
-        "little-data", layers=[("the test", {"feature_distillation": weight, "epochs": 1, "batch_size": 16})]
+        "little-data", layers=[("the test", {"distillation_loss": compared, "epochs": 1, "batch_size": 16})]
     ).settings
     data = load_data(
         str(write_arrays(folder / "data.npz")), loaded.info.input_spec, loaded.num_classes, batch_size=16, seed=0
@@ -167,20 +167,15 @@ def losses(run: Run) -> list[float]:
 
 
 def test_training_lowers_it_and_leaves_no_hooks(tmp_path: Path) -> None:
-    run = run_of(tmp_path, 1.0)
+    run = run_of(tmp_path, "features")
     assert run.teacher is not None
     assert run.features is not None
     assert hooks(run.model) == hooks(run.teacher) > 3
     with_features = losses(run)
     assert len(with_features) == 6
-    without = run_of(tmp_path, 0.0)
+    without = run_of(tmp_path, "kl")
     assert without.features is None
     assert hooks(without.model) == 0
-    assert with_features[0] > losses(without)[0] + 0.01  # the same network and batch, and one term more
+    assert losses(without)[0] != with_features[0]
     finish(run)
     assert hooks(run.model, run.teacher) == 0
-
-
-def test_its_weight_is_a_factor(tmp_path: Path) -> None:
-    none, one, three = (next(iter(losses(run_of(tmp_path, weight)))) for weight in (0.0, 1.0, 3.0))
-    assert three - none == pytest.approx(3 * (one - none), rel=1e-3)

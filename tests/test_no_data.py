@@ -154,8 +154,8 @@ def test_what_would_be_done(alone: Path) -> None:
     ).document()
     settings = document["settings"]
     assert settings["preset"]["value"] == "little-data"
-    assert settings["reconstruction_steps"] == {"value": 100, "from": "preset little-data"}
-    assert settings["lr"] == {"value": 3e-3, "from": "preset little-data"}
+    assert settings["reconstruction_steps"] == {"value": 50, "from": "preset little-data"}
+    assert settings["lr"] == {"value": 1e-3, "from": "preset little-data"}
     assert (settings["epochs"]["value"], settings["epochs"]["from"]) == (3, "command line")
     assert settings["temperature"]["from"] == "command line"
 

@@ -358,6 +358,9 @@ def test_distillation_loss(share: float, temperature: float) -> None:
     assert half.item() == pytest.approx(expected, rel=1e-5)
     if share == 0:
         assert loss_of(*arguments, None, settings).item() == pytest.approx(cross, rel=1e-5)
+    # another measure of the difference in the divergence's place
+    other = loss_of(*arguments, torch.tensor(target), settings, torch.tensor(7.0)).item()
+    assert other == pytest.approx((1 - share) * cross + share * 7, rel=1e-5)
 
 
 def test_teacher_is_the_original_and_stays_so() -> None:

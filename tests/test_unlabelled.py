@@ -248,9 +248,17 @@ def test_calibration_does_not_change_labelled_training(tmp_path: Path) -> None:
     assert len(set(shown(plain))) == 96
 
 
-def test_calibration_pictures_are_not_augmented(tmp_path: Path) -> None:
+def test_calibration_pictures_are_mirrored_at_most(tmp_path: Path) -> None:
     path = write_arrays(tmp_path / "a.npz")
-    assert shown(load(path, augment="crop-flip")) == shown(load(path, augment="none"))
+    plain = shown(load(path, augment="none"))
+    assert shown(load(path, augment="crop")) == plain
+    data = load(path, augment="crop-flip")
+    assert data.calibration is not None
+    images = torch.cat([batch.images for batch in data.calibration])
+    assert len(images) == data.calibration.images == 2 * len(plain)
+    assert len(data.calibration) == len(list(data.calibration))
+    assert shown(data)[: len(plain)] == plain
+    assert torch.equal(images[len(plain) :].flip(-1), images[: len(plain)])
 
 
 # Pictures that cannot be used
@@ -470,7 +478,8 @@ def test_evaluating_without_labels(network: Path, tmp_path: Path) -> None:
 def test_the_agreement_as_a_gate(network: Path, tmp_path: Path) -> None:
     data = write_flat(tmp_path / "flat", 240)
     assert quantize(network, data, tmp_path / "good", "--min-agreement", 0).code == 0
-    settings = ("--epochs", 0, "-c", "binary", "--quantize-first", "--quantize-last", "--min-agreement", 100)
+    every_layer = ("-c", "binary", "--quantize-first", "--quantize-last", "--rounding", "nearest")
+    settings = (*every_layer, "--epochs", 0, "--min-agreement", 100)
     outcome = quantize(network, data, tmp_path / "bad", *settings)
     refused(outcome, 3, "of the images have the original's answer, below --min-agreement 100 %")
     assert set(contents(tmp_path / "bad")) == RESULTS
