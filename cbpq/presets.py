@@ -83,8 +83,8 @@ class Settings:
         "kl",
         "kl",
         "features",
-        "what distillation compares: outputs by KL divergence (kl), or outputs and what blocks give by relative squared "
-        "difference (features)",
+        "what distillation compares: outputs by KL divergence (kl), or outputs and what blocks give, by relative "
+        "squared difference (features)",
         choices=("kl", "features"),
     )
     # normalisation
@@ -143,10 +143,10 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
     "cifar": {"lr": 1e-2, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-3},
 }
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
-# Little data: rounding alone is the default, for it comes so close with fine levels that nothing is won by training on a
-# few pictures. With two or three levels there is, on small inputs: (example) ResNet-20 on CIFAR-10.
+# Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
+# three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}
-# Inputs above SMALL_INPUT pixels are expensive, and such networks large enough to learn a few pictures by heart.
+# Inputs above SMALL_INPUT pixels are expensive, and their networks large enough to learn a few pictures by heart.
 LITTLE_DATA_LARGE = {"epochs": 0, "batch_size": 32, "epoch_images": 256, "reconstruction_images": 256}
 SMALL_INPUT = 64
 

@@ -54,9 +54,7 @@ def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: in
         weights = ["--weights", str(chosen.weights)]
         cbpq("quantize", NETWORK, *weights, *flags, "-c", constraint, "--seed", str(seed), "-o", str(output))
     report = json.loads((output / "report.json").read_text())
-    measured = report["quantized"] | {
-        "comparison": report["comparison"]
-    }  # on the test images, where there were pictures at all
+    measured = report["quantized"] | {"comparison": report["comparison"]}  # on the test images, if there are pictures
     if pictures == "none":
         flags = ["--arch", NETWORK, "--data", str(chosen.data), "--against", NETWORK, "--weights", str(chosen.weights)]
         measured = json.loads(cbpq("evaluate", str(output / "model.safetensors"), *flags, "--json"))
