@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,32 @@ def main() -> None:
         for pictures in chosen.pictures:
             for constraint in chosen.constraints:
                 one_row(chosen, pictures, constraint, seed)
+    print(table())
+
+
+def table() -> str:
+    """All results so far in Markdown: mean ± sample standard deviation over seeds."""
+    lines = [
+        "| pictures | constraint | runs | top-1 | same answer as the original | seconds | file |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for pictures, constraint in product(("unlabelled", "none"), CONSTRAINTS):
+        runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pictures}-{constraint}-*.json"))]
+        if runs:
+            top1 = over_seeds([run["test"]["top1"] for run in runs])
+            agreement = over_seeds([run["test"]["comparison"]["agreement"] for run in runs])
+            seconds = mean(sum(part for name, part in run["seconds"].items() if name != "measuring") for run in runs)
+            size = mean(run["file_bytes"] for run in runs) / 1000
+            source = "1,024 unlabelled" if pictures == "unlabelled" else pictures
+            row = (source, f"`{constraint}`", len(runs), top1, agreement, f"{seconds:.0f}", f"{size:.1f} kB")
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean ± sample standard deviation, in percent."""
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread} %"
 
 
 def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: int) -> None:
