@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cbpq.blocks import Block, find_blocks, inputs_of, version
 from cbpq.levels import Grid, LevelSet
-from cbpq.rounding import round_compensated
+from cbpq.rounding import best_weights, round_compensated
 from cbpq.scales import initial_scale
 from cbpq.tracing import untouched
 from cbpq.uses import Use, watching
@@ -26,6 +26,7 @@ COLUMNS = 2**16  # input columns that a layer's moments are made of; more where 
 COLUMNS_PER_INPUT = 32
 MEMORY = 2**30  # bytes of activations that are kept at a time
 FEWEST_PICTURES = 32  # kept whatever they take
+FITTED_FROM = 8  # columns per input of a layer that stays float: with fewer, fitting it learns the pictures by heart
 ROUNDOFF = 1e-6  # an input that varies by less than this share of its mean is constant: about ten units of float32
 
 
@@ -55,17 +56,20 @@ def round_network(
     choices: Rounding,
     images: Sequence[Tensor] = (),
     on_layer: Callable[[], object] = lambda: None,
+    after: Sequence[str] = (),
 ) -> dict[str, Start]:
     """Put every constrained weight of ``model`` on its levels.
 
     Args:
-        model: changed in place: its constrained weights, and biases and running means that restore their layers' mean
-            outputs. Everything else stays.
+        model: changed in place: its constrained weights, float ones among ``after``, and biases and running means that
+            restore their layers' mean outputs. Everything else stays.
         original: the network as it was, on the same device.
         names: the constrained parameters in execution order.
         choices: how.
         images: batches as the network takes them, on its device; not needed for ``nearest``.
-        on_layer: called after each weight.
+        on_layer: called after each constrained weight.
+        after: all weights of convolutions and linear layers from the first constrained one on, in execution order;
+            those that stay float, such as the classifier's, are fitted to the inputs they get now.
 
     Returns:
         The latent weights and scales of all of them.
@@ -73,17 +77,21 @@ def round_network(
     if choices.rule == "nearest":
         return {name: _nearest(model, name, choices, on_layer) for name in names}
     starts: dict[str, Start] = {}
-    correctors = _correctors(model, names, images[0])
-    for block, before, after in walk(original, model, find_blocks(model, names, images[0]), images):
+    order = after or names
+    correctors = _correctors(model, order, images[0])
+    for block, true_inputs, own_inputs in walk(original, model, find_blocks(model, order, images[0]), images):
         for name in block.weights:
             moments = _Moments(centred=name in correctors)
-            for seed, (true, rounded) in enumerate(zip(before, after, strict=True)):
+            for seed, (true, rounded) in enumerate(zip(true_inputs, own_inputs, strict=True)):
                 for use, other in zip(
                     _uses(original, block, name, true), _uses(model, block, name, rounded), strict=True
                 ):
-                    moments.add(use, other, seed, sum(len(batch) for batch in before))
-            starts[name] = _compensated(model, original, name, choices, moments, correctors)
-            on_layer()
+                    moments.add(use, other, seed, sum(len(batch) for batch in true_inputs))
+            if name in names:
+                starts[name] = _compensated(model, original, name, choices, moments, correctors)
+                on_layer()
+            else:
+                _fit(model, original, name, moments, correctors)
     return {name: starts[name] for name in names}
 
 
@@ -140,7 +148,7 @@ class _Moments:
 
     def __init__(self, centred: bool) -> None:
         self._centred = centred
-        self._count = 0
+        self.count = 0
         self._base = self._true_base = torch.zeros(())
         self._own = self._cross = self._mean = self._true_mean = torch.zeros(())
 
@@ -159,26 +167,31 @@ class _Moments:
         self._cross = self._cross + (x @ y.mT).cpu().double()
         self._mean = self._mean + y.sum(2, keepdim=True).cpu().double()
         self._true_mean = self._true_mean + x.sum(2, keepdim=True).cpu().double()
-        self._count += x.shape[2]
+        self.count += x.shape[2]
 
     @property
     def seen(self) -> bool:
         """Whether there were any columns."""
-        return self._count > 0
+        return self.count > 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether both networks gave the same inputs."""
+        return torch.equal(self._own, self._cross)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """H and C, (G, K, K)."""
         if not self._centred:
             return self._own, self._cross
-        mean = self._mean.mT / self._count
+        mean = self._mean.mT / self.count
         own = self._own - self._mean @ mean
-        constant = own.diagonal(dim1=1, dim2=2) <= self._count * (ROUNDOFF * self._base.cpu().double()[:, :, 0]) ** 2
+        constant = own.diagonal(dim1=1, dim2=2) <= self.count * (ROUNDOFF * self._base.cpu().double()[:, :, 0]) ** 2
         return own.masked_fill(torch.diag_embed(constant), 0), self._cross - self._true_mean @ mean
 
     def mean_shift(self, before: Tensor, after: Tensor) -> Tensor:
         """How much more the original weight's outputs (G, R, K) are on average than the rounded weight's, (G · R,)."""
         true_mean, mean = (
-            part / self._count + base.cpu().double()
+            part / self.count + base.cpu().double()
             for part, base in ((self._true_mean, self._true_base), (self._mean, self._base))
         )
         return (before @ true_mean - after @ mean).flatten()
@@ -229,6 +242,23 @@ def _compensated(
         rounded = weight.detach().cpu().double().reshape(matrix.shape)
         correctors[name].restore(moments.mean_shift(matrix, rounded))
     return Start(latent, scale)
+
+
+def _fit(
+    model: nn.Module, original: nn.Module, name: str, moments: _Moments, correctors: Mapping[str, _Corrector]
+) -> None:
+    """Let a weight that stays float make up for what the layers before it have lost."""
+    if not moments.seen or moments.unchanged:
+        return
+    h, cross = moments.matrices()
+    if moments.count < FITTED_FROM * h.shape[1]:
+        return
+    weight = model.get_parameter(name)
+    matrix = original.get_parameter(name).detach().cpu().double().reshape(len(h), len(weight) // len(h), -1)
+    weight.copy_(best_weights(matrix, h, cross).reshape(weight.shape))
+    if name in correctors:
+        fitted = weight.detach().cpu().double().reshape(matrix.shape)
+        correctors[name].restore(moments.mean_shift(matrix, fitted))
 
 
 def _correctors(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, _Corrector]:

@@ -26,11 +26,13 @@ class LayerChoice:
     """The decision for every parameter of a network.
 
     ``constrained`` names parameters in execution order (those no forward pass reaches come last); ``skipped`` gives
-    the reason, in plain words, for every other parameter. Together they name each parameter exactly once.
+    the reason, in plain words, for every other parameter. Together they name each parameter exactly once. ``after``
+    names the weights of all convolutions and linear layers from the first constrained one on, in execution order.
     """
 
     constrained: tuple[str, ...]
     skipped: dict[str, str]
+    after: tuple[str, ...] = ()
 
 
 def choose_layers(
@@ -101,7 +103,7 @@ def choose_layers(
             "or add --quantize-first or --quantize-last"
         )
     skipped |= _other_parameters(model, candidates)
-    return LayerChoice(constrained, skipped)
+    return LayerChoice(constrained, skipped, tuple(order[order.index(constrained[0]) :]))
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

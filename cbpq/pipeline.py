@@ -197,7 +197,7 @@ class _Execution:
         def compensated() -> dict[str, Start]:
             network.load_state_dict(teacher.state_dict())
             images = stages.calibration_images(data, job.device)
-            return round_network(network, teacher, names, rounding("compensated"), images, self._tick)
+            return round_network(network, teacher, names, rounding("compensated"), images, self._tick, job.layers.after)
 
         def reconstructed() -> dict[str, Start]:
             images = stages.augmented_images(data, settings, job.device)

@@ -73,24 +73,35 @@ def round_compensated(
         per_row: a scale for each row, else one for the layer.
     """
     h = moment.cpu().double()
-    size = h.diagonal(dim1=1, dim2=2).clamp_min(0)  # roundoff may leave a little less than nothing
     # what weighs most is placed first, while all the others can still make up for it
-    order = size.argsort(dim=1, descending=True, stable=True)
+    order = h.diagonal(dim1=1, dim2=2).clamp_min(0).argsort(dim=1, descending=True, stable=True)
     original, h = _columns(weight.detach().cpu().double(), order), _both(h, order)
-    # an input that is always 0: its weights have no say, and are rounded on their own
-    dead = size.gather(1, order) <= 0
-    h = h.masked_fill(dead.unsqueeze(1) | dead.unsqueeze(2), 0)
-    h = h + torch.diag_embed(dead * size.mean(dim=1, keepdim=True).clamp_min(1e-30))
-    factor, damping = _inverse_factor(h)
-    target = original
-    if cross is not None:  # W* of Σ‖W x − V x̃‖² + δ‖V − W‖²: the damping pulls it towards W
-        right = original @ _both(cross.cpu().double(), order) + damping * original
-        target = torch.where(dead.unsqueeze(1), original, right @ factor.mT @ factor)
+    target, h, factor, damping = _best_real(original, h, None if cross is None else _both(cross.cpu().double(), order))
     h = h + damping * torch.eye(h.shape[1], dtype=h.dtype)  # the same cost whose least is at W*
     best = reduce(_better, _trials(target, h, factor, levels, per_row))
     _, scale, latent = _better(best, _descend(best, target, h, levels, per_row))
     back = order.argsort(dim=1)
     return Rounded(scale, _columns(latent, back), _columns(target, back))
+
+
+def best_weights(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
+    """W*, the best real weights (G, R, K) for what the rounded network gives the layer; see ``round_compensated``."""
+    return _best_real(weight.detach().cpu().double(), moment.cpu().double(), cross.cpu().double())[0]
+
+
+def _best_real(weight: Tensor, h: Tensor, cross: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W*, H without dead inputs, U and δ."""
+    size = h.diagonal(dim1=1, dim2=2).clamp_min(0)  # roundoff may leave a little less than nothing
+    # an input that is always 0: its weights have no say, and are rounded on their own
+    dead = size <= 0
+    h = h.masked_fill(dead.unsqueeze(1) | dead.unsqueeze(2), 0)
+    h = h + torch.diag_embed(dead * size.mean(dim=1, keepdim=True).clamp_min(1e-30))
+    factor, damping = _inverse_factor(h)
+    if cross is None:
+        return weight, h, factor, damping
+    # least of Σ‖W x − V x̃‖² + δ‖V − W‖²: the damping pulls it towards W
+    target = (weight @ cross + damping * weight) @ factor.mT @ factor
+    return torch.where(dead.unsqueeze(1), weight, target), h, factor, damping
 
 
 class _Trial(NamedTuple):
