@@ -1,7 +1,8 @@
 """Rounding a whole network layer by layer, without training: ``round_network``.
 
 In execution order, each weight is put on its levels for the inputs that the already rounded network gives it, so that
-what earlier layers have lost is made up for as far as it can be (``cbpq.rounding`` holds the mathematics). Moments are
+what earlier layers have lost is made up for as far as it can be (``cbpq.rounding`` holds the mathematics). A float
+layer on the way, above all the classifier, can make up for it freely. Moments are
 taken about the mean where the mean of a layer's outputs can be restored exactly: in its bias, or in the running mean of
 the BatchNorm behind it. Original and rounded network see the same pictures, so only what rounding changed is corrected.
 That is why statistics are corrected here and not estimated anew: a network's running statistics come from pictures as

@@ -515,3 +515,63 @@ def test_an_error_in_between_leaves_no_hooks() -> None:
         round_network(result, model, constrained(model, images), TWO_BIT, images, unused)
     for net in (model, result):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+# Layers that stay float
+
+
+def fitted(model: nn.Module, images: Sequence[Tensor], *exclude: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """A rounded copy in which float layers were fitted, and their names."""
+    choice = choose_layers(model, example_input=images[0][:1], exclude=exclude)
+    result = copy.deepcopy(model)
+    ternary = Rounding(level_set("ternary"))
+    starts = round_network(result, model, choice.constrained, ternary, images, after=choice.after)
+    assert list(starts) == list(choice.constrained)
+    check_levels(result, starts, ternary)
+    return result, tuple(name for name in choice.after if name not in starts)
+
+
+def test_the_classifier_makes_up_for_the_layers_before_it(trained: nn.Module) -> None:
+    images = photos(96)
+    result, names = fitted(trained, images)
+    assert names == ("fc.weight",)
+    assert not torch.equal(result.get_parameter("fc.weight"), trained.get_parameter("fc.weight"))
+    plain = rounded(trained, images, Rounding(level_set("ternary")))[0]
+    unseen = photos(96, seed=500)
+    assert lost(trained, result, images) < 0.9 * lost(trained, plain, images)
+    assert lost(trained, result, unseen) < 0.95 * lost(trained, plain, unseen)
+
+
+def test_a_fitted_layer_is_the_ridge_solution_about_the_mean() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    images = [noise(400, 6), noise(200, 6, seed=1)]
+    result, names = fitted(model, images)
+    assert names == ("4.weight",)
+    with torch.no_grad():
+        before, after = (torch.cat([net[:4](batch) for batch in images]).double() for net in (model, result))  # type: ignore[index]  # both are Sequential
+    x, y = before - before.mean(0), after - after.mean(0)
+    weight = model.get_parameter("4.weight").detach().double()
+    h = y.T @ y
+    damping = 0.01 * h.diagonal().mean() * torch.eye(8)
+    expected = weight @ (x.T @ y + damping) @ (h + damping).inverse()
+    torch.testing.assert_close(result.get_parameter("4.weight").detach().double(), expected, rtol=1e-4, atol=1e-5)
+    # and on average it gives what it gave
+    with torch.no_grad():
+        means = [torch.cat([net(batch) for batch in images]).mean(0) for net in (model, result)]
+    torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
+
+
+def test_few_inputs_leave_it_as_it_is(trained: nn.Module) -> None:
+    result, _ = fitted(trained, photos(8))
+    assert torch.equal(result.get_parameter("fc.weight"), trained.get_parameter("fc.weight"))
+
+
+def test_layers_before_the_first_constrained_one_stay(trained: nn.Module) -> None:
+    result, names = fitted(trained, photos(64), "conv1*", "layer1*", "layer2*", "layer3*")
+    untouched_ones = {
+        name for name in dict(trained.named_parameters()) if name.startswith(("conv1", "layer1", "layer2"))
+    }
+    assert not untouched_ones & set(names)
+    for name in untouched_ones:
+        assert torch.equal(result.get_parameter(name), trained.get_parameter(name))

@@ -29,6 +29,9 @@ def check_complete(model: nn.Module, choice: LayerChoice) -> None:
     """Every parameter is named exactly once."""
     names = [name for name, _ in model.named_parameters()]
     assert sorted([*choice.constrained, *choice.skipped]) == sorted(names)
+    assert choice.after[0] == choice.constrained[0]
+    assert tuple(name for name in choice.after if name in choice.constrained) == choice.constrained
+    assert {*choice.after} <= {*names}
 
 
 # source, first convolution, classifiers, number of constrained weights
