@@ -75,8 +75,8 @@ def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: in
     output = chosen.work / name
     if not (output / "model.safetensors").exists():
         flags = ["--data", str(without_labels(chosen.data, chosen.work))] if pictures == "unlabelled" else []
-        if seed:  # what each stage wins is measured once
-            flags += ["--set", "evaluate_every=0"]
+        # what each stage wins is measured once, and nothing within training
+        flags += ["--set", f"evaluate_every={0 if seed else 100}"]
         if (output / "checkpoint" / "state.pt").exists():
             flags.append("--resume")
         weights = ["--weights", str(chosen.weights)]
