@@ -143,7 +143,7 @@ class Constrained:
 
     @torch.no_grad()
     def advance(self, progress: float) -> Update:
-        """Move window and multipliers on, where the preset ties them to the budget.
+        """Move the method's schedules on, such as CBP's window and multipliers, where they are tied to the budget.
 
         Args:
             progress: share of the training budget that is used, from 0 to 1. Call as often as you like, for example
@@ -326,8 +326,8 @@ def constrain(
         constraint: ``binary``, ``ternary``, ``one-bit-shift``, ``two-bit-shift``, ``shift:K``, ``levels:…`` or a
             LevelSet.
         method: see ``cbpq.methods``.
-        preset: ``default`` ties window and multipliers to the budget of ``epochs``; ``paper`` is the published recipe
-            and wants the epoch's loss in ``end_epoch(loss_sum)``.
+        preset: ``default`` ties window and multipliers to the budget of ``epochs``; ``paper`` is the method's published
+            recipe, of which CBP's wants the epoch's loss in ``end_epoch(loss_sum)``.
         example_input: a batch as the model takes it, to find its first and last layer if it does not say.
         include: globs of parameter or module names; only these.
         exclude: globs of parameter or module names; not these.

@@ -62,7 +62,7 @@ def close(ours: Tensor, theirs: list[float]) -> None:
 @every_constraint
 def test_straight_through(constraint: str, bounded: bool) -> None:
     method = make("straight-through", straight_through_bounded=bounded)
-    q, w = levels_of(constraint), draw(60, 1)
+    q, w, lr = levels_of(constraint), draw(60, 1), 1.5  # steps that reach the range from outside
     slot = slot_of(method, w, constraint)
     outside = 0
     for step in range(30):
@@ -71,11 +71,11 @@ def test_straight_through(constraint: str, bounded: bool) -> None:
         if bounded:
             outside += sum(not q[0] <= x <= q[-1] for x in w)
             followed = [g if q[0] <= x <= q[-1] else 0.0 for g, x in zip(gradient, w, strict=True)]
-            w = [min(max(x - LR * g, q[0]), q[-1]) for g, x in zip(followed, w, strict=True)]
+            w = [min(max(x - lr * g, q[0]), q[-1]) for g, x in zip(followed, w, strict=True)]
         else:
-            w = [x - LR * g for g, x in zip(gradient, w, strict=True)]
-        slot.latent.sub_(LR * method.gradient(slot, torch.tensor(gradient, dtype=torch.float64), LR))
-        method.after_step(slot, LR)
+            w = [x - lr * g for g, x in zip(gradient, w, strict=True)]
+        slot.latent.sub_(lr * method.gradient(slot, torch.tensor(gradient, dtype=torch.float64), lr))
+        method.after_step(slot, lr)
         close(slot.latent, w)
     assert (outside > 0) == bounded  # else the mask was not tried
 

@@ -124,7 +124,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return len(pairs) > 0 and all(torch.equal(a, b) for a, b in pairs)
 
 
-EARLY, LATE = STEPS // 5, 3 * STEPS // 4  # in the middle of schedules, and where some of them are over
+EARLY, LATE = STEPS // 5, 2 * STEPS // 3  # in the middle of schedules, and at the step where ProxQuant freezes
 
 
 @every_pair

@@ -1,6 +1,7 @@
 """How weights are led to their levels: one file for each published method.
 
-A new method is one file with a subclass of ``Method``, and its line in METHODS.
+A new method is one file with a subclass of ``Method``, and its line in METHODS. Settings of its own stand with all
+others in ``cbpq.presets``, and those of its paper in PAPER_METHODS there.
 """
 
 from cbpq.errors import UsageError, did_you_mean
