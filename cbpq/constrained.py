@@ -4,12 +4,15 @@
     ...                                   # your loop, unchanged
     constrained.end_epoch()               # multipliers and window move on
 
-The module's parameters always hold constrained weights; the latent weights live here. Before an optimizer step the
-latent weight and the method's gradient are put in, after it the constrained weight is put back. There is nothing in the
-forward pass: the network runs at its plain speed, under autocast and torch.compile, and evaluating, copying or saving
-it at any time shows the constrained network. Gradients may accumulate over as many backward passes as you like.
+The module's parameters hold what the method has the network compute with; the latent weights live here. Before an
+optimizer step the latent weight and the method's gradient are put in, after it the constrained weight is put back.
+There is nothing in the forward pass: the network runs at its plain speed, under autocast and torch.compile, and
+gradients may accumulate over as many backward passes as you like. With ``cbp`` and ``straight-through`` that is always
+a level, so that evaluating, copying or saving the network at any time shows the constrained one. The other methods come
+to the levels gradually: ``with constrained.projected():`` shows the constrained network, ``finish()`` ends on it.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,7 +38,7 @@ class Constrained:
     """A model whose weights are being led to their levels. Made by ``constrain``.
 
     Attributes:
-        model: the network, its parameters holding constrained weights.
+        model: the network, its parameters holding what the method has it compute with.
         level_set: the constraint.
         method: how weights are led there.
         settings: the settings in force.
@@ -74,11 +77,11 @@ class Constrained:
             self._add_scales(owned[id(parameters[layers.constrained[0]])])
         with torch.no_grad():
             method.begin(self._slots())
-        self.project()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        self._install()
 
     def _slot(self, name: str, parameter: nn.Parameter, start: Start | None) -> Slot:
         latent = start.latent if start else parameter.detach()
@@ -120,22 +123,36 @@ class Constrained:
             now, then = weight.parameter, weight.slot.latent
             if (now.device, now.dtype) != (then.device, then.dtype):
                 raise UsageError(f"{name} became {now.dtype} on {now.device}: move the model first, then constrain it")
+        rates = _rates(optimizer)
         for weight in self._weights.values():
-            weight.install_latent(self.method)
+            weight.install_latent(self.method, rates.get(id(weight.parameter), 0.0))
 
     def _after_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        rates = _rates(optimizer)
         for weight in self._weights.values():
-            weight.install_constrained(self.method)
+            weight.install_constrained(self.method, rates.get(id(weight.parameter), 0.0))
+
+    @torch.no_grad()
+    def _install(self) -> None:
+        """Put into the network what the method has it compute with; after ``finish``, the levels."""
+        if not self._hooks:
+            self.project()
+            return
+        for weight in self._weights.values():
+            weight.parameter.copy_(self.method.constrained_weight(weight.slot))
 
     @torch.no_grad()
     def advance(self, progress: float) -> Update:
-        """Move window and multipliers on, where the preset ties them to the budget.
+        """Move the method's schedules on, such as CBP's window and multipliers, where they are tied to the budget.
 
         Args:
             progress: share of the training budget that is used, from 0 to 1. Call as often as you like, for example
                 every step.
         """
-        return self.method.advance(min(max(progress, 0.0), 1.0), self._slots())
+        update = self.method.advance(min(max(progress, 0.0), 1.0), self._slots())
+        if update.weights_changed:
+            self._install()
+        return update
 
     @torch.no_grad()
     def end_epoch(self, loss_sum: float | None = None) -> Update:
@@ -155,8 +172,13 @@ class Constrained:
         self._epoch += 1
         moved = self.advance(self._epoch / max(self.settings.epochs, 1))
         update = self.method.end_epoch(self._slots(), loss_sum)
-        if moved.multipliers_updated:
-            update = replace(update, multipliers_updated=True)
+        if update.weights_changed:
+            self._install()
+        update = replace(
+            update,
+            multipliers_updated=update.multipliers_updated or moved.multipliers_updated,
+            weights_changed=update.weights_changed or moved.weights_changed,
+        )
         if update.lr_factor != 1:
             for group in self.optimizer.param_groups:
                 for key in ("lr", "initial_lr"):
@@ -168,6 +190,8 @@ class Constrained:
     def project(self, model: nn.Module | None = None) -> None:
         """Put every constrained weight on its nearest level: of this network, from its latent weights; or of ``model``,
         a copy whose weights were averaged or otherwise changed, from the values they have.
+
+        This network is put back to what the method has it compute with by the next step; see ``projected``.
         """
         if model is None:
             for weight in self._weights.values():
@@ -176,6 +200,17 @@ class Constrained:
         parameters = dict(unwrapped(model).named_parameters())
         for name, weight in self._weights.items():
             parameters[name].copy_(weight.slot.grid.nearest(parameters[name]))
+
+    @contextlib.contextmanager
+    def projected(self) -> Iterator[None]:
+        """Every constrained weight on its nearest level, as at the end; afterwards training goes on as if it had not
+        been. For measuring and saving on the way there.
+        """
+        self.project()
+        try:
+            yield
+        finally:
+            self._install()
 
     def finish(self) -> None:
         """The end: let go of the optimizer and put every weight on its level, whatever the method left it at."""
@@ -259,8 +294,12 @@ class Constrained:
                 tensor.copy_(saved[name][key])
         self._epoch = state_dict["epoch"]
         self.method.scalars.update(state_dict["scalars"])
-        for weight in self._weights.values():
-            weight.parameter.copy_(self.method.constrained_weight(weight.slot))
+        self._install()
+
+
+def _rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rate of every parameter, by its id. Looked up at every step: loading a state replaces the groups."""
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
 
 def constrain(
@@ -287,8 +326,8 @@ def constrain(
         constraint: ``binary``, ``ternary``, ``one-bit-shift``, ``two-bit-shift``, ``shift:K``, ``levels:…`` or a
             LevelSet.
         method: see ``cbpq.methods``.
-        preset: ``default`` ties window and multipliers to the budget of ``epochs``; ``paper`` is the published recipe
-            and wants the epoch's loss in ``end_epoch(loss_sum)``.
+        preset: ``default`` ties window and multipliers to the budget of ``epochs``; ``paper`` is the method's published
+            recipe, of which CBP's wants the epoch's loss in ``end_epoch(loss_sum)``.
         example_input: a batch as the model takes it, to find its first and last layer if it does not say.
         include: globs of parameter or module names; only these.
         exclude: globs of parameter or module names; not these.
@@ -297,7 +336,8 @@ def constrain(
         **settings: single settings of the preset (see ``cbpq.presets.Settings``), for example ``epochs=30``.
 
     Raises:
-        UsageError: an unknown name or setting, no layer to constrain, or an optimizer without these parameters.
+        UsageError: an unknown name or setting, a constraint that the method does not cover, no layer to constrain, or
+            an optimizer without these parameters.
     """
     network = unwrapped(model)
     levels = level_set(constraint)
@@ -309,7 +349,7 @@ def constrain(
         quantize_first=quantize_first,
         quantize_last=quantize_last,
     )
-    chosen = resolve(preset, constraint=levels.name, layers=[("the call", settings)]).settings
+    chosen = resolve(preset, constraint=levels.name, method=method, layers=[("the call", settings)]).settings
     return bind(network, optimizer, levels, method, chosen, layers)
 
 
@@ -327,5 +367,6 @@ def bind(
     ``starts`` says where each weight starts; without it, at the network's weights and the settings' first scales.
     """
     kind = method_class(method)
+    kind.check(levels)
     bound = kind(**{name: getattr(settings, name) for name in kind.settings})
     return Constrained(network, optimizer, levels, bound, settings, layers, starts)

@@ -174,6 +174,21 @@ class Grid:
         """Y(w) = 2 |w − nearest(w)|, the penalty without a window. Its mean over all constrained weights is the CFS."""
         return (weight - self.nearest(weight)).abs_().mul_(2)
 
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest allowed weight, each in the scale's shape."""
+        unit = self.scale / self.level_set.denominator
+        return self._codes[0] * unit, self._codes[-1] * unit
+
+    def gap(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The two neighbouring levels that a weight lies between, as the lower one and the distance to the other; for
+        a weight beyond the outer levels, the two that are nearest to it.
+        """
+        index = self.index(weight)
+        unit = self.scale / self.level_set.denominator
+        index -= (weight < _look_up(self._codes, index) * unit).int()
+        index.clamp_(0, len(self._codes) - 2)
+        return _look_up(self._codes, index) * unit, _look_up(self._gap_above, index) * self.scale
+
     def penalty(self, weight: Tensor, window: float) -> Tensor:
         """cs(w): Y(w), but 0 while w is in the unconstrained window."""
         return self.penalty_and_slope(weight, window)[0]

@@ -35,13 +35,14 @@ def save(
     Raises:
         CbpqError: the place cannot be written to, or the network holds values that are not finite.
     """
-    constrained.project()
     made = {
         "constraint": constrained.level_set.name,
         "method": constrained.method.name,
         "settings": constrained.settings.to_dict(),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in constrained.model.state_dict().items()}
+    with constrained.projected():
+        network = constrained.model.state_dict()
+        state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in network.items()}
     tensors = constrained.tensors()
     others = {name: tensor.numpy() for name, tensor in state.items() if name not in tensors}
     information = source.to_dict() if source else {}

@@ -293,7 +293,8 @@ class _Execution:
         every = self.job.resolved.settings.evaluate_every
         if run.done or run.step or run.epoch == self.measured or not every or run.epoch % every:
             return False
-        self._measure(f"epoch {run.epoch}", run.model)
+        with run.constrained.projected():
+            self._measure(f"epoch {run.epoch}", run.model)
         self.measured = run.epoch
         return True
 

@@ -117,8 +117,8 @@ def plan(
         CbpqError: whatever is wrong with any of it.
     """
     levels = level_set(constraint)
-    method_class(method)
-    first = resolve("default" if preset == AUTO else preset, layers=settings).settings
+    method_class(method).check(levels)
+    first = resolve("default" if preset == AUTO else preset, method=method, layers=settings).settings
     if data is None:
         check_no_data_flags(class_map, skip_bad_images, val_from_train, limit_train)
     elif save_synthetic is not None:
@@ -162,6 +162,7 @@ def plan(
         architecture=loaded.info.architecture,
         input_size=max(spec.height, spec.width),
         constraint=levels.name,
+        method=method,
         layers=settings,
     )
     if loaded_data is not None:

@@ -1,9 +1,10 @@
 """Every setting of every preset, in one table: the fields of ``Settings``.
 
 ``paper`` is the published recipe of CBP (Kim & Jeong 2021, and the authors' code where the paper is silent), with its
-values per model in PAPER_MODELS. ``default`` is a short recipe for a budget of ``epochs``, ``little-data`` one for few
-pictures without labels, or none. Values come, the later the stronger, from the preset, the preset's line for the model,
-a configuration file, ``CBPQ_*`` variables and the caller (flags, keywords).
+values per model in PAPER_MODELS; for another method it is that method's, in PAPER_METHODS. ``default`` is a short
+recipe for a budget of ``epochs``, ``little-data`` one for few pictures without labels, or none. Values come, the later
+the stronger, from the preset, the preset's line for the model or method, a configuration file, ``CBPQ_*`` variables and
+the caller (flags, keywords).
 """
 
 import dataclasses
@@ -117,6 +118,30 @@ class Settings:
     )
     clamp: float = _setting(1.0, 0.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
     lr_drop: float = _setting(0.1, 0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
+    straight_through_bounded: bool = _setting(
+        True, False, False, "straight-through: keep latent weights between the outermost levels"
+    )
+    proxquant_strength: float = _setting(
+        0.03, 0.03, 0.03, "proxquant: pull to the nearest level at the end of the budget, to which it grows from 0"
+    )
+    proxquant_freeze: float = _setting(
+        2 / 3, 2 / 3, 2 / 3, "proxquant: share of the budget after which weights stay on their levels", most=1
+    )
+    adaste_margin: float = _setting(
+        0.01, 0.01, 0.01, "adaste: α, how far beyond the levels they attract a weight", least=1e-6
+    )
+    adaste_coupling: float = _setting(0.01, 0.01, 0.01, "adaste: μ at first, the attraction's strength", least=1e-6)
+    adaste_full: float = _setting(
+        0.27, 0.27, 0.27, "adaste: share of the budget after which the attraction is full, μ = 1/α", least=1e-6
+    )
+    adaste_flip_bound: float = _setting(0.5, 0.5, 0.5, "adaste: bound on a gradient's factor toward the other level")
+    askewsgd_rate: float = _setting(1.0, 1.0, 1.0, "askewsgd: κ, how fast a weight returns to its interval")
+    askewsgd_free: float = _setting(
+        1 / 3, 0.1, 0.1, "askewsgd: share of the budget in which all weights between the outer levels are free", most=1
+    )
+    askewsgd_end: float = _setting(
+        3.5e-5, 3.5e-5, 3.5e-5, "askewsgd: ε at the end of the budget, 1 being free", least=1e-12, most=1
+    )
     # the end, and the way there
     batchnorm_batches: int = _setting(
         0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
@@ -143,6 +168,21 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
     "cifar": {"lr": 1e-2, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-3},
 }
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
+# What the other methods' papers do otherwise, as far as it is known; the head of each method's file says more. Networks
+# as they were published have levels of one scale per layer, which does not learn, and no teacher: as in CBP's recipe.
+PAPER_METHODS: dict[str, dict[str, Any]] = {
+    "straight-through": {
+        "epochs": 500,
+        "batch_size": 50,
+        "optimizer": "adamw",
+        "lr": 3e-3,
+        "lr_schedule": "cosine",
+        "weight_decay": 0.0,
+    },
+    "proxquant": {"epochs": 300, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.0},
+    "adaste": {"epochs": 700, "batch_size": 128, "lr": 3e-4, "lr_schedule": "cosine", "weight_decay": 0.0},
+    "askewsgd": {"epochs": 300, "batch_size": 256, "lr": 0.1},
+}
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
 # three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}
@@ -170,6 +210,7 @@ def resolve(
     architecture: str = "",
     input_size: int = 224,
     constraint: str = "",
+    method: str = "cbp",
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Resolved:
     """Settings of a preset, overridden by ``layers``.
@@ -179,6 +220,7 @@ def resolve(
         architecture: the network's name, for the published recipe's table per model.
         input_size: the larger of height and width, in pixels, for the same.
         constraint: its name, for the same.
+        method: its name: preset ``paper`` is that method's published recipe.
         layers: (origin, values) from the weakest to the strongest; values may be strings, as environment variables are.
 
     Raises:
@@ -198,7 +240,9 @@ def resolve(
         f"preset {preset}",
         {name: entry.metadata["values"][preset] for name, entry in SETTINGS.items()},
     )
-    if preset == "paper":
+    if preset == "paper" and method in PAPER_METHODS:
+        lay(f"preset paper, method {method}", PAPER_METHODS[method])
+    elif preset == "paper":
         model = paper_model(architecture, input_size)
         lay(f"preset paper, model {model}", PAPER_MODELS[model])
         if model in PAPER_SHIFT_LR and "shift" in constraint:

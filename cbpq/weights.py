@@ -21,7 +21,7 @@ class ConstrainedWeight:
         return {"latent": self.slot.latent, "scale": self.slot.grid.scale.detach(), **self.slot.state}
 
     @torch.no_grad()
-    def install_latent(self, method: Method) -> None:
+    def install_latent(self, method: Method, lr: float) -> None:
         """Before the step: latent weight in, the method's gradient in, and the learned scale's gradient."""
         latent, grid, _ = self.slot
         gradient = self.parameter.grad
@@ -31,17 +31,17 @@ class ConstrainedWeight:
         gradient = gradient.contiguous()  # a network may be in channels_last; mixing the two layouts is slow
         if grid.scale.requires_grad:
             grid.scale.grad = scale_gradient(gradient, grid.level(latent), grid.scale)
-        self.parameter.grad = method.gradient(self.slot, gradient)
+        self.parameter.grad = method.gradient(self.slot, gradient, lr)
         self.parameter.copy_(latent)
 
     @torch.no_grad()
-    def install_constrained(self, method: Method) -> None:
+    def install_constrained(self, method: Method, lr: float) -> None:
         """After the step: the moved latent weight out, corrected, and the constrained weight in."""
         latent, grid, _ = self.slot
         if self.parameter.grad is None:
             return
         latent.copy_(self.parameter)
-        method.after_step(self.slot)
+        method.after_step(self.slot, lr)
         if grid.scale.requires_grad:
             grid.scale.clamp_(min=SMALLEST_SCALE)
         self.parameter.copy_(method.constrained_weight(self.slot))
@@ -53,7 +53,8 @@ def scale_gradient(gradient: Tensor, level: Tensor, scale: Tensor) -> Tensor:
 
     The numerator is ∂C/∂a, as the constrained weight is a·q. The denominator makes a step of size η change the
     constrained weights exactly as a step of size η along their gradient would, projected on the one direction (q) that
-    the scale can move them in; so weights and scales share a learning rate whatever the layer's size.
+    the scale can move them in; so weights and scales share a learning rate whatever the layer's size. Where the network
+    computes with the latent weights themselves, the scale so follows its least-squares fit to them.
     """
     axes = tuple(range(1, level.dim())) if scale.dim() else tuple(range(level.dim()))
     numerator = (gradient * level).sum(dim=axes)

@@ -4,6 +4,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch.optim import lr_scheduler
 import cbpq
 from cbpq.constrained import Constrained
 from cbpq.errors import CbpqError, UsageError
+from cbpq.fileformat import read
 from cbpq.levels import CONSTRAINTS, Grid, level_set
+from cbpq.methods import METHODS
 from cbpq.scales import SMALLEST_SCALE
 from cbpq.weights import scale_gradient
 
@@ -319,6 +322,46 @@ def test_averaged_copies_are_projected() -> None:
     compiled: Any = torch.compile(copied, backend="eager")
     constrained.project(compiled)
     assert torch.equal(copied.conv.weight, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saving_on_the_way_writes_levels_and_changes_nothing(method: str, tmp_path: Path) -> None:
+    def run(folder: Path | None) -> Constrained:
+        model = net()
+        optimizer = sgd(model)
+        constrained = cbpq.constrain(model, optimizer, "binary", method, epochs=3)
+        for epoch in range(3):
+            for _ in range(4):
+                step(model, optimizer)
+            constrained.end_epoch()
+            if folder:
+                cbpq.save(folder / f"{epoch}.safetensors", constrained)
+        return constrained
+
+    saved, plain = run(tmp_path), run(None)
+    assert same(everything(saved), everything(plain))
+    saved.finish()
+    for epoch in range(3):
+        for name, tensor in read(tmp_path / f"{epoch}.safetensors").constrained.items():
+            assert len(np.unique(tensor.codes)) == 2
+            weight = torch.from_numpy(tensor.weight())
+            assert epoch < 2 or torch.equal(weight, saved.model.get_parameter(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_in_a_plain_loop(method: str) -> None:
+    """In a loop that tells the method of its epochs only."""
+    model = net()
+    optimizer = sgd(model)
+    constrained = cbpq.constrain(model, optimizer, "binary", method, epochs=8)
+    before = loss_of(model).item()
+    for _ in range(8):
+        for _ in range(12):
+            step(model, optimizer)
+        constrained.end_epoch()
+    constrained.finish()
+    assert holds(constrained)
+    assert loss_of(model).item() < 0.7 * before
 
 
 def test_project_puts_changed_weights_back() -> None:

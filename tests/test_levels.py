@@ -225,6 +225,30 @@ def test_windows(name: str) -> None:
     assert torch.equal(grid.penalty(weights, math.inf), grid.distance(weights))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [1e-8, 0.7, 1e8])
+def test_gaps_and_limits(name: str, scale: float) -> None:
+    levels = level_set(name)
+    grid = Grid(levels, torch.tensor(scale))
+    unit = torch.tensor(scale) / levels.denominator
+    q = (torch.tensor(levels.codes, dtype=torch.float32) * unit).tolist()
+    weights = torch.cat([torch.tensor(q), scale * torch.linspace(-3, 3, 501)])
+    assert [limit.item() for limit in grid.limits()] == [q[0], q[-1]]
+    for weight, lower, width in zip(weights.tolist(), *(part.tolist() for part in grid.gap(weights)), strict=True):
+        # the last level that is not above the weight, but never the last of all, nor one before the first
+        index = max([k for k, level in enumerate(q[:-1]) if level <= weight], default=0)
+        assert lower == q[index]
+        assert width == pytest.approx(q[index + 1] - q[index], rel=1e-5)
+
+
+def test_gaps_have_the_scale_of_their_channel() -> None:
+    grid = Grid(CONSTRAINTS["ternary"], torch.tensor([[1.0], [0.5]]))
+    lower, width = grid.gap(torch.tensor([[0.3, -5.0, 0.0], [-0.3, 0.6, 0.5]]))
+    assert lower.tolist() == [[0.0, -1.0, 0.0], [-0.5, 0.0, 0.0]]
+    assert width.tolist() == [[1.0] * 3, [0.5] * 3]
+    assert grid.limits()[1].tolist() == [[1.0], [0.5]]
+
+
 def test_scale_per_channel_is_a_scale_for_each_channel() -> None:
     levels = CONSTRAINTS["two-bit-shift"]
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))

@@ -24,8 +24,12 @@ from cbpq.presets import PRESETS, SETTINGS, Settings, resolve
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
 STEPS = 120
+TWO_LEVELS = ("binary", "levels:-0.5,1")
+COVERED = dict.fromkeys(METHODS, NAMES) | {"adaste": TWO_LEVELS}
+PAIRS = [(method, constraint) for method in METHODS for constraint in COVERED[method]]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_constraint = pytest.mark.parametrize("constraint", NAMES)
+every_pair = pytest.mark.parametrize("method, constraint", PAIRS)
 
 
 class Quadratic(nn.Module):
@@ -62,8 +66,10 @@ class Problem:
     def __post_init__(self) -> None:
         self.model = Quadratic(self.scale)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        values = {"clamp": 0.0, "gradient_clip": 0.0, "multiplier_lr": 1e-3 * self.scale, "epochs": 4, **self.given}
-        settings = resolve(self.preset, layers=[("the test", values)]).settings
+        values = {"clamp": 0.0, "gradient_clip": 0.0, "epochs": 4}
+        # these two are gradients, and so of the weights' size
+        values |= {"multiplier_lr": 1e-3 * self.scale, "proxquant_strength": 0.1 * self.scale, **self.given}
+        settings = resolve(self.preset, method=self.method, layers=[("the test", values)]).settings
         layers = LayerChoice(self.order, {})
         self.constrained = bind(self.model, self.optimizer, level_set(self.constraint), self.method, settings, layers)
 
@@ -118,15 +124,18 @@ def same(ours: Any, theirs: Any) -> bool:
     return len(pairs) > 0 and all(torch.equal(a, b) for a, b in pairs)
 
 
-@every_method
-@every_constraint
+EARLY, LATE = STEPS // 5, 2 * STEPS // 3  # in the middle of schedules, and at the step where ProxQuant freezes
+
+
+@every_pair
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_conformance(method: str, constraint: str, preset: str, scale: float) -> None:
     problem = Problem(constraint, method, scale, preset=preset)
     before = problem.model().item()
-    half = problem.train(0, STEPS // 3).state()
-    problem.train(STEPS // 3).constrained.finish()
+    early = problem.train(0, EARLY).state()
+    late = problem.train(EARLY, LATE).state()
+    problem.train(LATE).constrained.finish()
 
     # led there: nearer to the target, and on levels
     assert problem.on_levels()
@@ -137,10 +146,11 @@ def test_conformance(method: str, constraint: str, preset: str, scale: float) ->
         assert torch.equal(torch.from_numpy(tensor.weight()), problem.model.get_parameter(name))
 
     # taken up in the middle, it ends on the same bits
-    resumed = Problem(constraint, method, scale, preset=preset).load(half).train(STEPS // 3)
-    resumed.constrained.finish()
-    assert same(resumed.state(), problem.state())
-    assert resumed.constrained.method.scalars == problem.constrained.method.scalars
+    for start, state in ((EARLY, early), (LATE, late)):
+        resumed = Problem(constraint, method, scale, preset=preset).load(state).train(start)
+        resumed.constrained.finish()
+        assert same(resumed.state(), problem.state())
+        assert resumed.constrained.method.scalars == problem.constrained.method.scalars
 
     # the order of layers does not matter
     turned = Problem(constraint, method, scale, ("second", "first"), preset).train()
@@ -149,13 +159,69 @@ def test_conformance(method: str, constraint: str, preset: str, scale: float) ->
     assert same(turned.constrained.state_dict()["weights"], problem.constrained.state_dict()["weights"])
 
 
-@every_method
-@every_constraint
-def test_multipliers_do_something(method: str, constraint: str) -> None:
+# What leads weights to their levels, switched off and on. Straight-through has no such part, and AdaSTE leads what the
+# network computes with, not the latent weights.
+LEADING: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "cbp": ({"multiplier_lr": 0.0}, {"multiplier_lr": 1e-2}),
+    "proxquant": ({"proxquant_strength": 0.0}, {"proxquant_strength": 1.0}),
+    "askewsgd": ({"askewsgd_end": 1.0}, {"askewsgd_end": 1e-3}),
+}
+
+
+@pytest.mark.parametrize("constraint", NAMES)
+@pytest.mark.parametrize("method", LEADING)
+def test_latent_weights_are_led(method: str, constraint: str) -> None:
     """A method without its constraining part is no method: the latent weights must come nearer to the levels for it."""
-    free = Problem(constraint, method, given={"multiplier_lr": 0.0, "learn_scales": False}).train()
-    led = Problem(constraint, method, given={"multiplier_lr": 1e-2, "learn_scales": False}).train()
-    assert led.constrained.cfs() < free.constrained.cfs()
+    given = {"learn_scales": False, "proxquant_freeze": 1.0}
+    free, led = (Problem(constraint, method, given=given | part).train(0, STEPS - 1) for part in LEADING[method])
+    assert led.constrained.cfs() < 0.9 * free.constrained.cfs()
+
+
+@every_method
+def test_what_a_method_does_not_cover_is_refused(method: str) -> None:
+    for constraint in {*NAMES, *TWO_LEVELS} - set(COVERED[method]):
+        if len(level_set(constraint).codes) == 2:
+            continue  # not every name is tried with every method
+        with pytest.raises(UsageError, match=f"method {method} is for .*: choose constraint") as refused:
+            Problem(constraint, method)
+        assert "\n" not in str(refused.value)
+
+
+@every_pair
+def test_projected_shows_the_levels_and_changes_nothing(method: str, constraint: str) -> None:
+    problem = Problem(constraint, method).train(0, EARLY)
+    untouched = Problem(constraint, method).train(0, EARLY)
+    with problem.constrained.projected():
+        assert problem.on_levels()
+    assert same(problem.state(), untouched.state())
+    assert same(problem.train(EARLY).state(), untouched.train(EARLY).state())
+    problem.constrained.finish()
+    with problem.constrained.projected():
+        pass
+    problem.constrained.advance(0.5)
+    problem.constrained.load_state_dict(untouched.state()["constrained"])
+    assert problem.on_levels()  # once finished, it stays there
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@every_method
+def test_methods_are_told_the_learning_rate(method: str, foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("binary", method)
+    kind, seen = METHODS[method], []
+    problem.optimizer.load_state_dict(problem.optimizer.state_dict())  # which replaces the groups
+    for name in ("gradient", "after_step"):
+        plain = getattr(kind, name)
+
+        def noting(self: Method, *arguments: Any, plain: Any = plain) -> Any:
+            seen.append(arguments[-1])
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(kind, name, noting)
+    for lr in (0.05, 0.01, torch.tensor(0.25)):
+        problem.optimizer.param_groups[0]["lr"] = lr
+        problem.optimizer.param_groups[0]["foreach"] = foreach and isinstance(lr, float)
+        problem.train(0, 1)
+    assert seen == [0.05] * 4 + [0.01] * 4 + [0.25] * 4
 
 
 @every_method
@@ -185,10 +251,10 @@ def test_base_class_asks_for_nothing() -> None:
         def start(self, latent: Tensor) -> dict[str, Tensor]:
             return {}
 
-        def gradient(self, slot: Slot, gradient: Tensor) -> Tensor:
+        def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
             return gradient
 
-        def after_step(self, slot: Slot) -> None:
+        def after_step(self, slot: Slot, lr: float) -> None:
             pass
 
     plain = Plain()
@@ -303,8 +369,8 @@ def test_published_schedule(constraint: str, script: str) -> None:
         for _ in range(2):
             gradient = torch.randn(40, generator=generator, dtype=torch.float64) * 0.3
             theirs.step(gradient.tolist())
-            slot.latent.sub_(lr * method.gradient(slot, gradient))
-            method.after_step(slot)
+            slot.latent.sub_(lr * method.gradient(slot, gradient, lr))
+            method.after_step(slot, lr)
         lagrangian, updated = theirs.end_epoch(loss_sum)
         update = method.end_epoch([slot], loss_sum)
         lr *= update.lr_factor
@@ -371,8 +437,8 @@ def test_clip_and_clamp_can_be_switched_off() -> None:
     for bound, gradients, weights in ((0.0, [30.0, -40.0], [5.0, -7.0]), (2.0, [2.0, -2.0], [2.0, -2.0])):
         method = cbp(gradient_clip=bound, clamp=bound)
         slot = Slot(latent.clone(), Grid(CONSTRAINTS["binary"], torch.tensor(1.0)), method.start(latent))
-        assert method.gradient(slot, torch.tensor([30.0, -40.0])).tolist() == gradients
-        method.after_step(slot)
+        assert method.gradient(slot, torch.tensor([30.0, -40.0]), 0.1).tolist() == gradients
+        method.after_step(slot, 0.1)
         assert slot.latent.tolist() == weights
 
 

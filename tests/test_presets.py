@@ -14,7 +14,7 @@ from cbpq.errors import UsageError
 from cbpq.levels import CONSTRAINTS, level_set
 from cbpq.methods import METHODS
 from cbpq.planning import Plan
-from cbpq.presets import PAPER_MODELS, PRESETS, SETTINGS, Settings, paper_model, parse_setting, resolve
+from cbpq.presets import PAPER_METHODS, PAPER_MODELS, PRESETS, SETTINGS, Settings, paper_model, parse_setting, resolve
 from cbpq.summary import settings_toml
 
 EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -94,6 +94,17 @@ def test_paper_preset_is_the_published_recipe() -> None:
         "batchnorm_batches": 0,
     } == dataclasses.asdict(settings)
     assert set(PAPER_MODELS) == {"alexnet", "resnet18", "resnet50", "cifar"}
+
+
+def test_every_method_has_its_papers_settings() -> None:
+    assert set(PAPER_METHODS) == METHODS.keys() - {"cbp"}
+    for method, values in PAPER_METHODS.items():
+        assert values.keys() <= SETTINGS.keys()
+        resolved = resolve("paper", method=method, layers=[("you", {"seed": 3})])
+        assert {resolved.origins[name] for name in values} == {f"preset paper, method {method}"}
+        for preset in ("default", "little-data"):
+            assert resolve(preset, method=method) == resolve(preset)
+    assert resolve("paper", method="cbp") == resolve("paper")
 
 
 def test_default_preset_is_the_short_recipe() -> None:

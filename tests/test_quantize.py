@@ -26,16 +26,20 @@ from small_job import (
     write_folder,
     write_network,
 )
+from torch import nn
 
 import cbpq
+from cbpq import pipeline
 from cbpq.cli.display import Display
 from cbpq.cli.quantize import default_output
+from cbpq.evaluation import Predictions, predict
 from cbpq.events import Evaluated, Event, Saved
 from cbpq.fileformat import read
 from cbpq.inspection import inspect_file
 from cbpq.layers import choose_layers
 from cbpq.levels import level_set
 from cbpq.loaders import Batch
+from cbpq.methods import METHODS
 from cbpq.model_file import save
 from cbpq.models import load_model, logits
 from cbpq.pipeline import execute
@@ -427,6 +431,42 @@ def test_preset_paper(job: Path, tmp_path: Path) -> None:
     loaded = load_model(str(job / "net.safetensors")).model.state_dict()
     for name, tensor in content.constrained.items():  # the published scale, frozen: the mean of |w|
         assert tensor.scale == pytest.approx(float(loaded[name].abs().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(job: Path, tmp_path: Path, method: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+
+    def noting(network: nn.Module, *arguments: Any, **keywords: Any) -> Predictions:
+        values.append(len(network.get_parameter("layer1.0.conv1.weight")[0].unique()))
+        return predict(network, *arguments, **keywords)
+
+    monkeypatch.setattr(pipeline, "predict", noting)
+    outcome = run(job, tmp_path / "out", "--method", method, "--preset", preset, "-c", "binary", "--epochs", "3")
+    assert outcome.code == 0, outcome.err
+    assert values[0] > 2
+    assert set(values[1:]) <= {1, 2}  # whatever the network computes with while it trains, the levels are measured
+    report = report_of(tmp_path / "out")
+    origins = {
+        "default": "preset default",
+        "paper": f"preset paper, {'model cifar' if method == 'cbp' else f'method {method}'}",
+    }
+    assert report["method"] == method
+    assert report["settings"]["lr"]["from"] == origins[preset]
+    content = read(tmp_path / "out" / "model.safetensors")
+    assert {tensor.levels for tensor in content.constrained.values()} == {(-1, 1)}
+    assert content.run["method"] == method
+
+
+def test_a_method_that_does_not_cover_a_constraint(tmp_path: Path) -> None:
+    outcome = command("quantize", "no such network", "--method", "adaste", "-c", "ternary", "-o", tmp_path / "out")
+    one_line(outcome, 2, "adaste is for two levels", "choose constraint binary")
+
+
+def test_help_names_every_method() -> None:
+    text = command("quantize", "--help").out
+    assert all(method in text for method in METHODS)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from small_job import (
 from cbpq import pipeline, recipe, training
 from cbpq.errors import CbpqError
 from cbpq.events import Event, Interrupted, Saved, Tick
+from cbpq.methods import METHODS
 from cbpq.pipeline import execute
 from cbpq.planning import plan
 from cbpq.report import Report
@@ -68,11 +70,12 @@ def attempt(
     *,
     listener: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
+    choices: Mapping[str, Any] = MappingProxyType({}),
     **changes: Any,
 ) -> Report:
     """Start the run, or go on with it."""
     settings = [("the test", {**SETTINGS, **changes})]
-    made = plan(str(job / "net.safetensors"), data=str(job / "data.npz"), settings=settings, device="cpu")
+    made = plan(str(job / "net.safetensors"), data=str(job / "data.npz"), settings=settings, device="cpu", **choices)
     return execute(made, output, resume=True, listener=listener, should_stop=should_stop)
 
 
@@ -126,6 +129,19 @@ def test_stopped_anywhere(job: Path, unbroken: Path, tmp_path: Path) -> None:
         assert not (output / "model.safetensors").exists()
         attempt(job, output, checkpoint_minutes=60.0)
         same_result(output, unbroken)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"cbp"}))
+def test_other_methods_stopped_anywhere(job: Path, method: str, preset: str, tmp_path: Path) -> None:
+    choices, count = {"method": method, "preset": preset, "constraint": "binary"}, Stopper(0)
+    attempt(job, tmp_path / "whole", should_stop=count, checkpoint_minutes=60.0, choices=choices)
+    for moment in random.Random(2).sample(range(3, count.asked), 4):
+        output = tmp_path / str(moment)
+        with pytest.raises(Interrupted, match="--resume"):
+            attempt(job, output, should_stop=Stopper(moment), checkpoint_minutes=60.0, choices=choices)
+        attempt(job, output, checkpoint_minutes=60.0, choices=choices)
+        same_result(output, tmp_path / "whole")
 
 
 def test_stopped_again_and_again(job: Path, unbroken: Path, tmp_path: Path) -> None:

@@ -73,7 +73,12 @@ def command(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="NAME", help="How weights are led there: cbp.", rich_help_panel=CONSTRAINT),
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="How weights are led there: cbp, straight-through, proxquant, adaste (two levels) or askewsgd.",
+            rich_help_panel=CONSTRAINT,
+        ),
     ] = None,
     preset: Annotated[
         str | None,

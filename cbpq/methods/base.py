@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from cbpq.levels import Grid
+from cbpq.levels import Grid, LevelSet
 
 State = dict[str, Tensor]
 
@@ -31,11 +31,13 @@ class Update:
 
     Attributes:
         multipliers_updated: the method's per-weight state took a step.
+        weights_changed: ``constrained_weight`` gives something else than after the last step.
         lr_factor: the learning rate should be multiplied by this.
         lagrangian: the Lagrangian summed over the epoch's batches, None where no loss was given.
     """
 
     multipliers_updated: bool = False
+    weights_changed: bool = False
     lr_factor: float = 1.0
     lagrangian: float | None = None
 
@@ -50,23 +52,35 @@ class Method(ABC):
     scalars: dict[str, Any]
     """Everything the method remembers that is no tensor; plain numbers, so that it can be saved."""
 
+    @classmethod  # noqa: B027  # most methods cover every level set
+    def check(cls, levels: LevelSet) -> None:
+        """Refuse a level set that the method does not cover.
+
+        Raises:
+            UsageError: saying what it covers, and what to choose instead.
+        """
+
     @abstractmethod
     def start(self, latent: Tensor) -> State:
         """Tensors to keep for one weight."""
 
     def constrained_weight(self, slot: Slot) -> Tensor:
-        """What the network computes with, in the latent weight's shape."""
+        """What the network computes with while it trains, in the latent weight's shape: the nearest level, or
+        something on the way there. At the end it is the nearest level, whatever the method.
+        """
         return slot.grid.nearest(slot.latent)
 
     @abstractmethod
-    def gradient(self, slot: Slot, gradient: Tensor) -> Tensor:
-        """The gradient the optimizer is to follow, from the loss's gradient at the constrained weight (may be changed
-        in place).
+    def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
+        """The gradient the optimizer is to follow at learning rate ``lr``, from the loss's gradient at the constrained
+        weight (may be changed in place).
         """
 
     @abstractmethod
-    def after_step(self, slot: Slot) -> None:
-        """Correct the latent weight in place after the optimizer moved it (a clamp, a proximal step)."""
+    def after_step(self, slot: Slot, lr: float) -> None:
+        """Correct the latent weight in place after the optimizer moved it at learning rate ``lr`` (a clamp, a proximal
+        step).
+        """
 
     def penalty(self, slot: Slot) -> float:
         """What the method adds to the loss for this weight tensor, where it adds anything."""

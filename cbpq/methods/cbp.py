@@ -114,7 +114,7 @@ class CBP(Method):
         if self.follows_lagrangian:
             self._ascend(slots)
 
-    def gradient(self, slot: Slot, gradient: Tensor) -> Tensor:
+    def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
         """∂L/∂w = ∂C/∂w + λ cs'(w), clipped by value."""
         multiplier = slot.state["multiplier"]
         if self.scalars["ascents"]:  # before the first ascent λ = 0 everywhere
@@ -124,7 +124,7 @@ class CBP(Method):
                 self.scalars["penalty_sum"] += total(multiplier * penalty)
         return gradient.clamp_(-self.gradient_clip, self.gradient_clip) if self.gradient_clip else gradient
 
-    def after_step(self, slot: Slot) -> None:
+    def after_step(self, slot: Slot, lr: float) -> None:
         """w ← clip(w, −1, 1) as published, or not at all."""
         if self.clamp:
             slot.latent.clamp_(-self.clamp, self.clamp)
