@@ -142,6 +142,12 @@ def contents(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, bytes]:
     }
 
 
+def report_of(output: Path | str) -> dict[str, Any]:
+    """The report of a run, from its file."""
+    report: dict[str, Any] = json.loads((Path(output) / "report.json").read_text())
+    return report
+
+
 def events_of(output: Path) -> list[dict[str, Any]]:
     """The events of a run, from its file."""
     return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]

@@ -54,7 +54,7 @@ ROWS = (
         "inspection",
     ),
     ("exports", "sections", "report"),
-    ("planning", "events", "stages", "summary", "pipeline"),
+    ("planning", "events", "stages", "summary", "pipeline", "comparison"),
     ("api",),
     ("cli", "__main__"),
 )

@@ -1,6 +1,5 @@
 """Quantizing a network where there is nothing but the network."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from small_job import (
     events_of,
     one_line,
     refused,
+    report_of,
     write_arrays,
     write_network,
 )
@@ -53,11 +53,6 @@ def alone(network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def run(*flags: object, source: str = "net.safetensors", output: str = "out") -> Outcome:
     return command("quantize", source, *SHORT, *STEPS, *FEW_LAYERS, "-o", output, *flags)
-
-
-def report_of(output: Path | str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((Path(output) / "report.json").read_text())
-    return document
 
 
 def top1_of(output: str, data: Path) -> tuple[float, float]:

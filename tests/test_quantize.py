@@ -22,6 +22,7 @@ from small_job import (
     events_of,
     one_line,
     refused,
+    report_of,
     write_arrays,
     write_folder,
     write_network,
@@ -73,11 +74,6 @@ def finished(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(job: Path, output: Path, *flags: object, data: str = "data.npz") -> Outcome:
     """``cbpq quantize`` on the small job; ``flags`` come last, so they win."""
     return command("quantize", job / "net.safetensors", "--data", job / data, *SHORT, "-o", output, *flags)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return document
 
 
 def timeless(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from small_job import (
     one_line,
     pictures,
     refused,
+    report_of,
     write_arrays,
     write_folder,
     write_network,
@@ -397,11 +398,6 @@ def quantize(network: Path, data: Path, output: Path, *flags: object) -> Outcome
     few = ("epoch_images=64", "reconstruction_steps=2", "reconstruction_images=64")
     settings = [part for setting in few for part in ("--set", setting)]
     return command("quantize", network, "--data", data, *arguments, *settings, *flags)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((output / "report.json").read_text())
-    return document
 
 
 def test_a_flat_folder_from_end_to_end(network: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import cbpq
-from cbpq.cli import doctor, evaluate, export, inspect, models, quantize
+from cbpq.cli import compare, doctor, evaluate, export, inspect, models, quantize
 from cbpq.cli.common import stderr
 from cbpq.errors import CbpqError
 from cbpq.sections import printable
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("evaluate")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("inspect")(inspect.command)
 app.command("export")(export.command)
 app.command("models")(models.command)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -50,6 +50,7 @@ class Display:
         self._task: TaskID | None = None
         self._numbers: dict[str, str] = {}
         self._announced: set[str] = set()
+        self.above: RenderableType | None = None  # shown over the progress on a terminal
         self._live = Live(self._screen(), console=console, refresh_per_second=4, transient=True)
         self._interactive = console.is_terminal and not console.quiet
         self._said_at = time.monotonic()
@@ -129,7 +130,7 @@ class Display:
 
     def _screen(self) -> Group:
         numbers = Text("   ".join(f"{name} {text}" for name, text in self._numbers.items()), style="dim")
-        return Group(self._progress, numbers)
+        return Group(*([self.above] if self.above is not None else []), self._progress, numbers)
 
 
 def _goodness(result: Mapping[str, Any]) -> str:
