@@ -22,7 +22,7 @@ from cbpq.atomic import atomic_write
 from cbpq.errors import MissingPartError, UsageError
 from cbpq.events import Event
 from cbpq.levels import level_set
-from cbpq.methods import method_class
+from cbpq.methods import METHODS, method_class
 from cbpq.outputs import state_file, writing
 from cbpq.pipeline import execute
 from cbpq.planning import FREE_SETTINGS, Plan, plan
@@ -193,7 +193,7 @@ def compare_methods(
     output: Path,
     *,
     constraints: Sequence[str],
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     seeds: int = 3,
     against: Path | None = None,
     resume: bool = False,
@@ -212,7 +212,7 @@ def compare_methods(
         data: see ``cbpq.data.load_data``; the same for all runs.
         output: folder for the results.
         constraints: see ``cbpq.levels.level_set``.
-        methods: see ``cbpq.methods``.
+        methods: see ``cbpq.methods``; None for each that can have the constraint.
         seeds: how many; they are 0, 1, 2, …
         against: an earlier ``comparison.json`` to compare with.
         resume: go on with what is in ``output``; finished runs are kept.
@@ -266,24 +266,30 @@ def compare_methods(
     return comparison
 
 
-def combinations(constraints: Sequence[str], methods: Sequence[str], seeds: int) -> list[Cell]:
+def combinations(constraints: Sequence[str], methods: Sequence[str] | None, seeds: int) -> list[Cell]:
     """All runs, the first seed of every combination first.
 
     Raises:
-        UsageError: an unknown name, one given twice, or none.
+        UsageError: an unknown name, one given twice, none, or a method that cannot have one of the constraints.
     """
-    for what, names in (("constraint", constraints), ("method", methods)):
+    for what, names in (("constraint", constraints), ("method", METHODS if methods is None else methods)):
         if not names:
             raise UsageError(f"give at least one --{what}")
         for name in names:
-            if names.count(name) > 1:
+            if list(names).count(name) > 1:
                 raise UsageError(f"--{what} {name} was given twice")
     if seeds < 1:
         raise UsageError(f"{seeds} seeds are too few; give 1 or more")
-    names = [level_set(constraint).name for constraint in constraints]
-    for method in methods:
-        method_class(method)
-    return [Cell(method, name, seed) for seed, name, method in product(range(seeds), names, methods)]
+    pairs = []
+    for levels, method in product(map(level_set, constraints), METHODS if methods is None else methods):
+        try:
+            method_class(method).check(levels)
+        except UsageError:
+            if methods is not None:  # this method was asked for by name
+                raise
+        else:
+            pairs.append((levels.name, method))
+    return [Cell(method, name, seed) for seed in range(seeds) for name, method in pairs]
 
 
 def _claim(output: Path, cells: Sequence[Cell], *, resume: bool, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from cbpq.events import Interrupted
 from cbpq.methods import METHODS
 
 FILES = {"comparison.json", "comparison.md", "comparison.png"}
-SHORT = ("--epochs", 2, "-j", 0, "--device", "cpu", "--set", "batch_size=32")
+SHORT = ("--epochs", 2, "-j", 0, "--device", "cpu", "--set", "batch_size=32", "--set", "rounding=nearest")
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_two_methods_and_two_constraints(job: Path) -> None:
 
 def test_an_interrupted_comparison_goes_on_where_it_was(job: Path) -> None:
     whole: dict[str, Any] = {"constraints": ["binary", "ternary"], "methods": ["cbp"], "seeds": 1, "device": "cpu"}
-    whole |= {"settings": [("here", {"epochs": 2, "batch_size": 32})]}
+    whole |= {"settings": [("here", {"epochs": 2, "batch_size": 32, "rounding": "nearest"})]}
     compare_methods("net.safetensors", "a.npz", job / "whole", **whole)
     asked: list[int] = []
 
@@ -179,6 +179,15 @@ def test_seeds_come_one_after_the_other() -> None:
 def test_combinations_that_make_no_sense(constraints: list[str], methods: list[str], seeds: int, words: str) -> None:
     with pytest.raises(CbpqError, match=words):
         combinations(constraints, methods, seeds)
+
+
+def test_by_default_each_method_that_can_have_the_constraint() -> None:
+    pairs = [(cell.constraint, cell.method) for cell in combinations(["binary", "ternary"], None, 1)]
+    assert ("binary", "adaste") in pairs
+    assert ("ternary", "adaste") not in pairs
+    assert {method for _, method in pairs} == set(METHODS)
+    with pytest.raises(UsageError, match="adaste"):
+        combinations(["binary", "ternary"], ["cbp", "adaste"], 1)
 
 
 def test_refusals_come_before_any_work(job: Path) -> None:

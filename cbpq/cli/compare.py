@@ -42,7 +42,10 @@ def command(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", metavar="NAME", help="Repeat it for more; by default all.", rich_help_panel=CONSTRAINT
+            "--method",
+            metavar="NAME",
+            help="Repeatable; by default each that can have the constraint.",
+            rich_help_panel=CONSTRAINT,
         ),
     ] = None,
     epochs: Annotated[
@@ -127,7 +130,6 @@ def command(
       cbpq compare resnet18.pth --data imagenet/ -o again --against compared/comparison.json
     """
     from cbpq.configuration import combine
-    from cbpq.methods import METHODS
 
     flags: dict[str, Any] = {"preset": preset, "device": device, "amp": amp or None, "epochs": epochs}
     choices, _, layers = combine(flags, assignments or [], os.environ, config)
@@ -149,7 +151,7 @@ def command(
             data,
             output,
             constraints=constraints or [one_constraint],
-            methods=methods or list(METHODS),
+            methods=methods or None,
             seeds=seeds,
             against=against,
             resume=resume,
