@@ -41,7 +41,7 @@ def test_every_setting_of_a_method_is_a_setting() -> None:
     assert not SETTINGS.keys() & CHOICES.keys()
 
 
-# METHODS.md §1 of the published recipe, for binary and ternary | for the shift constraints
+# The published recipe: rates for binary and ternary | for the shift constraints, batch size, decay, multipliers
 PAPER = {
     ("alexnet", 224): ((1e-3, 1e-4), 256, 5e-4, 1e-4),
     ("resnet18", 224): ((1e-3, 1e-3), 256, 1e-4, 1e-4),
