@@ -9,6 +9,7 @@ already is not done again, and what was interrupted is resumed. Raw results go t
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from itertools import product
@@ -87,7 +88,7 @@ def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: in
         flags = ["--arch", NETWORK, "--data", str(chosen.data), "--against", NETWORK, "--weights", str(chosen.weights)]
         measured = json.loads(cbpq("evaluate", str(output / "model.safetensors"), *flags, "--json"))
     kept = {
-        "command": report["command"],
+        "command": without_folders(report["command"]),
         "test": {key: measured[key] for key in ("top1", "top1_interval", "images", "comparison")},
         "stages": report["stages"],
         "seconds": report["seconds"],
@@ -98,6 +99,11 @@ def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: in
     RESULTS.mkdir(exist_ok=True)
     result.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"{name}: {kept['test']['top1']:.2f} %", flush=True)
+
+
+def without_folders(command: str) -> str:
+    """A command line with files' names alone, as on any machine."""
+    return shlex.join(Path(part).name if "/" in part else part for part in shlex.split(command))
 
 
 def without_labels(data: Path, work: Path) -> Path:
