@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cbpq.errors import GateError, UsageError
 from cbpq.report import plain
 
+CONSTRAINT = "Constraint and method"
 MODEL = "Network"
 DATA = "Data"
 RUN = "Running"
@@ -90,6 +91,35 @@ SkipBadImages = Annotated[
     typer.Option(
         "--skip-bad-images", help="Count and report pictures that cannot be read, do not stop.", rich_help_panel=DATA
     ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting; quantize --dry-run shows all.",
+        rich_help_panel=CONSTRAINT,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="TOML file with settings.", rich_help_panel=CONSTRAINT),
+]
+ValFromTrain = Annotated[
+    float | None,
+    typer.Option(
+        "--val-from-train",
+        metavar="SHARE",
+        help="Measure on this share of the training data, held out, instead of the validation data: for tuning.",
+        rich_help_panel=DATA,
+    ),
+]
+LimitTrain = Annotated[
+    int | None,
+    typer.Option("--limit-train", metavar="N", min=1, help="Use N training images only.", rich_help_panel=DATA),
+]
+ChosenDevice = Annotated[  # None lets a variable or a configuration file say
+    str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.", rich_help_panel=RUN)]
 Workers = Annotated[

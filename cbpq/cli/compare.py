@@ -13,8 +13,6 @@ from rich.table import Table
 from cbpq.cli import common
 from cbpq.errors import MissingPartError
 
-CONSTRAINT = "Constraints and methods"
-
 
 def command(
     source: Annotated[
@@ -36,7 +34,7 @@ def command(
             "-c",
             metavar="NAME",
             help="binary, ternary, one-bit-shift, two-bit-shift (default), shift:K or levels:Q,Q,…; repeatable.",
-            rich_help_panel=CONSTRAINT,
+            rich_help_panel=common.CONSTRAINT,
         ),
     ] = None,
     methods: Annotated[
@@ -45,29 +43,29 @@ def command(
             "--method",
             metavar="NAME",
             help="Repeatable; by default each that can have the constraint.",
-            rich_help_panel=CONSTRAINT,
+            rich_help_panel=common.CONSTRAINT,
         ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option("--epochs", metavar="N", help="Passes over the data of each run.", rich_help_panel=CONSTRAINT),
+        typer.Option(
+            "--epochs", metavar="N", help="Passes over the data of each run.", rich_help_panel=common.CONSTRAINT
+        ),
     ] = None,
     seeds: Annotated[
         int,
-        typer.Option("--seeds", metavar="N", min=1, help="Runs of each: seeds 0 to N−1.", rich_help_panel=CONSTRAINT),
+        typer.Option(
+            "--seeds", metavar="N", min=1, help="Runs of each: seeds 0 to N−1.", rich_help_panel=common.CONSTRAINT
+        ),
     ] = 3,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="NAME", help="default, little-data or paper.", rich_help_panel=CONSTRAINT),
+        typer.Option(
+            "--preset", metavar="NAME", help="default, little-data or paper.", rich_help_panel=common.CONSTRAINT
+        ),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, for all.", rich_help_panel=CONSTRAINT),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="TOML file with settings.", rich_help_panel=CONSTRAINT),
-    ] = None,
+    assignments: common.Assignments = None,
+    config: common.Config = None,
     weights: common.Weights = None,
     arch: common.Arch = None,
     pretrained: common.Pretrained = False,
@@ -77,26 +75,10 @@ def command(
     interpolation: common.Interpolation = None,
     crop_pct: common.CropPct = None,
     class_map: common.ClassMap = None,
-    val_from_train: Annotated[
-        float | None,
-        typer.Option(
-            "--val-from-train",
-            metavar="SHARE",
-            help="Measure on this share of the training data, held out: for tuning.",
-            rich_help_panel=common.DATA,
-        ),
-    ] = None,
-    limit_train: Annotated[
-        int | None,
-        typer.Option(
-            "--limit-train", metavar="N", min=1, help="Use N training images only.", rich_help_panel=common.DATA
-        ),
-    ] = None,
+    val_from_train: common.ValFromTrain = None,
+    limit_train: common.LimitTrain = None,
     workers: common.Workers = 2,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=common.RUN),
-    ] = None,
+    device: common.ChosenDevice = None,
     amp: common.Amp = False,
     max_time: Annotated[
         float | None,

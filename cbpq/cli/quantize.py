@@ -9,16 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from cbpq.cli.common import (
+    CONSTRAINT,
     DATA,
     GATES,
     OUTPUT,
     RUN,
     Arch,
+    Assignments,
+    ChosenDevice,
     ClassMap,
+    Config,
     CropPct,
     InputSize,
     Interpolation,
     Json,
+    LimitTrain,
     MaxDrop,
     Mean,
     MinAgreement,
@@ -28,6 +33,7 @@ from cbpq.cli.common import (
     Quiet,
     SkipBadImages,
     Std,
+    ValFromTrain,
     Weights,
     Workers,
     check_gates,
@@ -39,8 +45,6 @@ from cbpq.cli.common import (
     stdout,
     warn,
 )
-
-CONSTRAINT = "Constraint and method"
 
 
 def command(
@@ -113,16 +117,8 @@ def command(
         int | None,
         typer.Option("--seed", metavar="N", help="Seed of everything random.", rich_help_panel=CONSTRAINT),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any other setting; see --dry-run.", rich_help_panel=CONSTRAINT
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="TOML file with settings.", rich_help_panel=CONSTRAINT),
-    ] = None,
+    assignments: Assignments = None,
+    config: Config = None,
     include: Annotated[
         list[str] | None,
         typer.Option("--include", metavar="GLOB", help="Constrain only these layers.", rich_help_panel=CONSTRAINT),
@@ -153,19 +149,8 @@ def command(
             "--augment", metavar="KIND", help="auto, none, crop or crop-flip, for training.", rich_help_panel=DATA
         ),
     ] = None,
-    val_from_train: Annotated[
-        float | None,
-        typer.Option(
-            "--val-from-train",
-            metavar="SHARE",
-            help="Measure on this share of the training data, held out, instead of the validation data: for tuning.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    limit_train: Annotated[
-        int | None,
-        typer.Option("--limit-train", metavar="N", min=1, help="Use N training images only.", rich_help_panel=DATA),
-    ] = None,
+    val_from_train: ValFromTrain = None,
+    limit_train: LimitTrain = None,
     calibration: Annotated[
         int | None,
         typer.Option(
@@ -186,10 +171,7 @@ def command(
         ),
     ] = None,
     workers: Workers = 2,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN),
-    ] = None,
+    device: ChosenDevice = None,
     amp: Annotated[bool, typer.Option("--amp", help="Compute in mixed precision.", rich_help_panel=RUN)] = False,
     max_time: Annotated[
         float | None,
