@@ -17,7 +17,7 @@ from cbpq.errors import CbpqError, DataError, UsageError
 from cbpq.models import logits
 from cbpq.pictures import NO_LABEL
 from cbpq.splits import misfit
-from cbpq.tracing import untouched
+from cbpq.tracing import image_format, untouched
 
 Interval = tuple[float, float]
 
@@ -149,12 +149,15 @@ def predict(
     labels, classes, in_top5, losses = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     count = 0
     labelled: bool | None = None  # the first batch tells
+    layout: torch.memory_format | None = None  # this too
     started = time.perf_counter()
     # no_grad, not inference_mode: tensors a network keeps (position tables, say) must stay usable for training
     with untouched(model), torch.no_grad():
         for batch in loader:
+            images = batch.images.to(target)
+            layout = layout or image_format(model, images)
             with torch.autocast(target.type, dtype=torch.bfloat16, enabled=amp):
-                output = logits(model(batch.images.to(target)))
+                output = logits(model(images.contiguous(memory_format=layout)))
             # on the CPU in float64: exact enough to sum, and the same code for devices that have no float64
             scores = output.float().cpu().double()
             if labelled is None:

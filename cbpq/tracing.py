@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from cbpq.inputs import InputSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNELS_LAST_ON = ("cpu", "cuda")
 # From small to large: the order of layers does not depend on the size, only whether the network accepts it does.
 _SIDES_TO_TRY = (32, 28, 64, 224, 96, 128, 256, 299, 384, 512)
 
@@ -128,6 +129,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def image_format(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """How images (B, C, H, W) should lie in memory for a network: channels last, in which convolutions are faster,
+    unless it has none or cannot take that, as one that calls ``view`` across channels.
+    """
+    if images.device.type not in _CHANNELS_LAST_ON or not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        return torch.contiguous_format
+    try:
+        with untouched(model), torch.no_grad():
+            model(images[:1].contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # where it has another cause, the network's real forward pass will tell
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

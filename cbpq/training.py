@@ -30,7 +30,7 @@ from cbpq.levels import LevelSet
 from cbpq.models import auxiliary_logits, logits
 from cbpq.presets import Settings
 from cbpq.recipe import cosine, loss_of, make_optimizer
-from cbpq.tracing import batch_norms, one_line
+from cbpq.tracing import batch_norms, image_format, one_line
 
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
 MEASURE_EVERY = 10  # steps between measurements of CFS and Lagrangian, which pass over all weights
@@ -90,6 +90,7 @@ class Run:
     images_seen: int = 0
     done: bool = False
     features: FeaturePair | None = None
+    layout: torch.memory_format | None = None  # of images; the first batch tells
     _clock: Callable[[], float] = field(default=time.monotonic, repr=False)
 
     @property
@@ -192,7 +193,7 @@ def train(run: Run) -> Iterator[Event]:
 
 def take_step(run: Run, batch: Batch) -> float:
     """One optimizer step on one batch; the loss."""
-    images, labels = batch.images.to(run.device), batch.labels.to(run.device)
+    images, labels = laid_out(run, batch.images), batch.labels.to(run.device)
     run.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.amp):
         output = forward(run, images)
@@ -213,6 +214,14 @@ def take_step(run: Run, batch: Batch) -> float:
     loss.backward()
     run.optimizer.step()
     return value
+
+
+def laid_out(run: Run, images: Tensor) -> Tensor:
+    """A batch's images on the run's device, as the network takes them fastest."""
+    images = images.to(run.device)
+    if run.layout is None:
+        run.layout = image_format(run.model, images)
+    return images.contiguous(memory_format=run.layout)
 
 
 def forward(run: Run, images: Tensor) -> Any:
@@ -305,7 +314,7 @@ def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
         norm.train()
     # an epoch number of its own: pictures in an order training did not end on
     for batch in islice(run.loader.epoch(run.settings.epochs), count):
-        forward(run, batch.images.to(run.device))
+        forward(run, laid_out(run, batch.images))
         on_batch()
     for norm, (momentum, state) in zip(norms, before, strict=True):
         norm.momentum = momentum

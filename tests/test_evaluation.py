@@ -1,5 +1,6 @@
 """Evaluation: exact counts, intervals and tests against slow references, and what is refused."""
 
+import copy
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from cbpq.evaluation import (
     summarize,
     wilson_interval,
 )
+from cbpq.tracing import image_format
 
 
 class Batches:
@@ -364,3 +366,34 @@ def test_predictions_survive_a_checkpoint(tmp_path: Any) -> None:
     assert summarize(after).to_dict() == summarize(before).to_dict()
     assert isinstance(summarize(after), Evaluation)
     assert compare(after, before).agreement == 100
+
+
+class Flattened(nn.Module):
+    """A convolution and, with ``view``, a classifier: what cannot take images in channels-last order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.classifier = nn.Linear(4 * 6 * 6, 7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.conv(images)
+        output: Tensor = self.classifier(features.view(len(images), -1))
+        return output
+
+
+def test_images_lie_in_memory_as_the_network_can_take_them() -> None:
+    images = torch.randn(5, 3, 6, 6)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(conv.state_dict())
+    assert image_format(conv, images) is torch.channels_last
+    assert conv.training and all(torch.equal(before[name], value) for name, value in conv.state_dict().items())
+    assert image_format(Flattened(), images) is torch.contiguous_format
+    assert image_format(nn.Linear(6, 2), images) is torch.contiguous_format
+
+
+def test_a_network_that_calls_view_is_measured_all_the_same() -> None:
+    torch.manual_seed(0)
+    images, model = torch.randn(5, 3, 6, 6), Flattened()
+    found = predict(model, Batches(images, torch.arange(5)), "cpu")
+    assert torch.equal(found.classes, model(images).argmax(1))
