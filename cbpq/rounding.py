@@ -116,15 +116,15 @@ def _trials(target: Tensor, h: Tensor, factor: Tensor, levels: LevelSet, per_row
     groups, rows, _ = target.shape
     start = initial_scale(target.flatten(0, 1), levels, "least-squares", "channel" if per_row else "layer")
     scales = [(share * start).reshape(*((groups, rows) if per_row else (1, 1)), 1) for share in SCALE_TRIALS]
+    energy = _sums(target @ h * target, per_row)
     for _ in range(REFINEMENTS):
         # all trials at once, as more rows: column after column is slow, and takes no longer for these
         grid = Grid(levels, torch.cat([scale.expand(groups, rows, 1) for scale in scales], dim=1))
         latents = _place(target.repeat(1, len(scales), 1), factor, grid)
         found = zip(latents.chunk(len(scales), 1), grid.level(latents).chunk(len(scales), 1), strict=True)
         for trial, (latent, level) in enumerate(found):
-            scales[trial] = scale = _best_scale(target, level, h, scales[trial], per_row)
-            error = _quadratic(target - scale * level, target - scale * level, h, per_row)
-            yield _Trial(error, scale, into_cells(latent, level, Grid(levels, scale)))
+            scales[trial], gain = _best_scale(target, level, h, scales[trial], per_row)
+            yield _Trial(energy - gain, scales[trial], into_cells(latent, level, Grid(levels, scales[trial])))
 
 
 def _better(old: _Trial, new: _Trial) -> _Trial:
@@ -168,18 +168,19 @@ def _place(weight: Tensor, factor: Tensor, grid: Grid) -> Tensor:
 
 def _descend(start: _Trial, target: Tensor, h: Tensor, levels: LevelSet, per_row: bool) -> _Trial:
     """Levels and scale in turn, until no weight moves."""
-    _, scale, latent = start
+    error, scale, latent = start
+    energy = _sums(target @ h * target, per_row)
     for _ in range(SWEEPS):
         grid = Grid(levels, scale)
         before = grid.level(latent)
         latent = _sweep(grid.nearest(latent), target, h, grid)
         level = grid.level(latent)
-        scale = _best_scale(target, level, h, scale, per_row)
+        scale, gain = _best_scale(target, level, h, scale, per_row)
+        error = energy - gain
         latent = into_cells(latent, level, Grid(levels, scale))
         if torch.equal(level, before):
             break
-    rest = target - Grid(levels, scale).nearest(latent)
-    return _Trial(_quadratic(rest, rest, h, per_row), scale, latent)
+    return _Trial(error, scale, latent)
 
 
 def _sweep(value: Tensor, target: Tensor, h: Tensor, grid: Grid) -> Tensor:
@@ -200,16 +201,20 @@ def _sweep(value: Tensor, target: Tensor, h: Tensor, grid: Grid) -> Tensor:
     return latent
 
 
-def _best_scale(target: Tensor, level: Tensor, h: Tensor, scale: Tensor, per_row: bool) -> Tensor:
-    """a = (q H w*) / (q H q), or the old one where that is no positive number."""
-    under = _quadratic(level, level, h, per_row)
-    best = _quadratic(level, target, h, per_row) / under
-    return torch.where((under > 0) & (best > SMALLEST_SCALE) & best.isfinite(), best, scale)
+def _best_scale(target: Tensor, level: Tensor, h: Tensor, scale: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+    """a = (q H w*) / (q H q), or the old one where that is no positive number; and by how much the error
+    w* H w* − 2a q H w* + a² q H q is less than with no weights at all.
+    """
+    moved = level @ h  # the only large product
+    along, under = _sums(moved * target, per_row), _sums(moved * level, per_row)
+    best = along / under
+    scale = torch.where((under > 0) & (best > SMALLEST_SCALE) & best.isfinite(), best, scale)
+    return scale, scale * (2 * along - scale * under)
 
 
-def _quadratic(left: Tensor, right: Tensor, h: Tensor, per_row: bool) -> Tensor:
-    """l H rᵀ of each row, (G, R, 1), or their sum."""
-    rows = ((left @ h) * right).sum(dim=2, keepdim=True)
+def _sums(products: Tensor, per_row: bool) -> Tensor:
+    """Sum of each row (G, R, 1), or of all."""
+    rows = products.sum(dim=2, keepdim=True)
     return rows if per_row else rows.sum().reshape(1, 1, 1)
 
 
