@@ -693,3 +693,28 @@ def test_checkpoint_that_cannot_be_written(path: Path, monkeypatch: pytest.Monke
         save_checkpoint(path / "below" / "a file", IDENTITY, STATE)
     atomic_write(path, b"")
     refused(path)
+
+
+class Viewed(Net):
+    """Calls ``view`` across channels, which images in channels-last order would not bear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8 * 2 * 2, CLASSES)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm2(self.conv(self.norm(self.stem(x)).relu())).relu()
+        return self.head(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("kind, layout", [(Net, torch.channels_last), (Viewed, torch.contiguous_format)])
+def test_images_lie_in_memory_as_the_network_can_take_them(kind: type[nn.Module], layout: torch.memory_format) -> None:
+    run = start(model=net(kind))
+    seen: list[bool] = []
+    run.model.get_submodule("stem").register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=layout))
+    )
+    for _ in train(run):
+        seen.append(run.layout is layout)
+    finish(run)
+    assert all(seen[1:])  # the first asked the network
