@@ -387,7 +387,8 @@ def test_images_lie_in_memory_as_the_network_can_take_them() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     before = copy.deepcopy(conv.state_dict())
     assert image_format(conv, images) is torch.channels_last
-    assert conv.training and all(torch.equal(before[name], value) for name, value in conv.state_dict().items())
+    assert conv.training
+    assert all(torch.equal(before[name], value) for name, value in conv.state_dict().items())
     assert image_format(Flattened(), images) is torch.contiguous_format
     assert image_format(nn.Linear(6, 2), images) is torch.contiguous_format
 

@@ -714,7 +714,7 @@ def test_images_lie_in_memory_as_the_network_can_take_them(kind: type[nn.Module]
     run.model.get_submodule("stem").register_forward_pre_hook(
         lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=layout))
     )
-    for _ in train(run):
-        seen.append(run.layout is layout)
+    list(train(run))
     finish(run)
+    assert run.layout is layout
     assert all(seen[1:])  # the first asked the network
