@@ -6,20 +6,14 @@ pictures. What is finished stays finished: the comparison can be stopped and res
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
-from cbpq import sections
 from cbpq.atomic import atomic_write
-from cbpq.errors import MissingPartError, UsageError
+from cbpq.errors import UsageError
 from cbpq.events import Event
 from cbpq.levels import level_set
 from cbpq.methods import METHODS, method_class
@@ -27,11 +21,8 @@ from cbpq.outputs import state_file, writing
 from cbpq.pipeline import execute
 from cbpq.planning import FREE_SETTINGS, Plan, plan
 from cbpq.report import plain
-from cbpq.sections import Section
+from cbpq.standings import Comparison, Outcome, read_comparison
 from cbpq.training import EpochEnd
-
-SIGNIFICANT = 0.05
-RESULTS = ("comparison.json", "comparison.md", "comparison.png")
 
 
 @dataclass(frozen=True)
@@ -46,145 +37,6 @@ class Cell:
     def folder(self) -> str:
         """The name of its folder, such as ``cbp-two-bit-shift-0``."""
         return f"{self.method}-{self.constraint}-{self.seed}".replace(":", "_").replace(",", "_")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. ``score`` is top-1, or without labels the agreement with the original, in percent.
-
-    ``curve`` holds (epochs, score) as far as it was measured, the finished network last; ``step_seconds`` is the time
-    of one training step, ``peak_bytes`` the most memory in use while training.
-    """
-
-    method: str
-    constraint: str
-    seed: int
-    score: float
-    agreement: float
-    curve: tuple[tuple[float, float], ...]
-    step_seconds: float | None
-    peak_bytes: int | None
-    file_bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """All seeds of a method and a constraint; ``change`` is the difference from an earlier comparison, in points."""
-
-    method: str
-    constraint: str
-    scores: tuple[float, ...]
-    agreement: float
-    step_seconds: float | None
-    peak_bytes: int | None
-    change: float | None = None
-    p: float | None = None
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation over seeds, None for one."""
-        return stdev(self.scores) if len(self.scores) > 1 else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What ``compare_methods`` found; ``measure`` is ``top-1`` or ``agreement``, ``original`` the network's own."""
-
-    command: str
-    source: Mapping[str, Any]
-    data: Mapping[str, Any]
-    budget: Mapping[str, Any]
-    measure: str
-    original: float | None
-    outcomes: tuple[Outcome, ...]
-    versions: Mapping[str, Any]
-    against: Mapping[str, Any] | None = None
-
-    def rows(self) -> list[Row]:
-        """A row for each constraint and method, in the order they were asked for."""
-        earlier = _scores_of(self.against) if self.against is not None else {}
-        rows = []
-        for (constraint, method), runs in self._groups():
-            scores = tuple(run.score for run in runs)
-            before = earlier.get((constraint, method))
-            rows.append(
-                Row(
-                    method,
-                    constraint,
-                    scores,
-                    mean(run.agreement for run in runs),
-                    _mean_known(run.step_seconds for run in runs),
-                    max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
-                    mean(scores) - mean(before) if before else None,
-                    welch(scores, before) if before else None,
-                )
-            )
-        return rows
-
-    def _groups(self) -> list[tuple[tuple[str, str], list[Outcome]]]:
-        keys = dict.fromkeys((run.constraint, run.method) for run in self.outcomes)
-        return [(key, [run for run in self.outcomes if (run.constraint, run.method) == key]) for key in keys]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of ``comparison.json``."""
-        document: dict[str, Any] = {
-            name: plain(getattr(self, name))
-            for name in ("command", "source", "data", "budget", "measure", "original", "versions")
-        }
-        rows = [{**asdict(row), "mean": mean(row.scores), "deviation": row.deviation} for row in self.rows()]
-        return document | {"rows": plain(rows), "runs": plain([asdict(run) for run in self.outcomes])}
-
-    def to_markdown(self) -> str:
-        """The content of ``comparison.md``."""
-        parts = [f"# {sections.escape(self._title())}\n"]
-        if self.command:
-            parts.append(sections.fenced(self.command, "console"))
-        return "\n".join([*parts, sections.markdown(self.section())])
-
-    def render(self, console: Console) -> None:
-        """Print the table."""
-        console.print(Text(sections.printable(self._title()), style="bold"))
-        console.print()
-        sections.render(console, self.section())
-
-    def _title(self) -> str:
-        return f"{self.source.get('architecture') or 'network'}: methods compared"
-
-    def section(self) -> Section:
-        """The table of rows, the best of each constraint marked."""
-        rows = self.rows()
-        rivals: dict[str, list[float]] = {}
-        for row in rows:
-            rivals.setdefault(row.constraint, []).append(mean(row.scores))
-        several = len({row.method for row in rows}) > 1
-        compared = self.against is not None
-        columns: tuple[str, ...] = (
-            *("constraint", "method", self.measure, "agreement", "seeds", "step", "peak memory"),
-            *(("earlier",) if compared else ()),
-        )
-        table = [
-            [
-                row.constraint,
-                row.method + (" (best)" if mean(row.scores) == max(rivals[row.constraint]) and several else ""),
-                over_seeds(row),
-                sections.percent(row.agreement),
-                str(len(row.scores)),
-                f"{1000 * row.step_seconds:.0f} ms" if row.step_seconds is not None else sections.UNKNOWN,
-                sections.size(row.peak_bytes),
-                *([_change(row)] if compared else []),
-            ]
-            for row in rows
-        ]
-        budget = ", ".join(f"{name} {value}" for name, value in self.budget.items() if value is not None)
-        notes = [
-            f"{self.measure}: mean ± sample standard deviation over seeds; the original has "
-            f"{sections.percent(self.original)}. Budget of each run: {budget}.",
-        ]
-        if compared:
-            notes.append(
-                f"earlier: difference from the earlier comparison; * marks p < {SIGNIFICANT} (Welch's t-test)."
-            )
-        return Section("Methods", columns, table, frozenset(columns[2:]), notes=tuple(notes))
 
 
 def compare_methods(
@@ -371,113 +223,3 @@ def _summary(
         report["versions"],
         against,
     )
-
-
-def read_comparison(path: Path) -> dict[str, Any]:
-    """An earlier ``comparison.json``.
-
-    Raises:
-        UsageError: no such file, or something else.
-    """
-    try:
-        document = json.loads(path.read_text())
-        _scores_of(document)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{path} is no comparison.json of cbpq compare") from error
-    return dict(document)
-
-
-def _scores_of(document: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, ...]]:
-    return {(row["constraint"], row["method"]): tuple(map(float, row["scores"])) for row in document["rows"]}
-
-
-def welch(scores: Sequence[float], others: Sequence[float]) -> float | None:
-    """p of Welch's t-test that two sets of runs have the same mean; None where either has fewer than two.
-
-    Raises:
-        MissingPartError: scipy is not installed.
-    """
-    if len(scores) < 2 or len(others) < 2:
-        return None
-    if stdev(scores) == stdev(others) == 0:  # the test divides by it
-        return 1.0 if mean(scores) == mean(others) else 0.0
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise MissingPartError("comparing comparisons needs scipy: pip install 'cbpq[compare]'") from error
-    return float(stats.ttest_ind(scores, others, equal_var=False).pvalue)
-
-
-def score_table(done: Sequence[Outcome]) -> list[tuple[str, str, str]]:
-    """Constraint, method and mean score of what is finished."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for run in done:
-        groups.setdefault((run.constraint, run.method), []).append(run.score)
-    return [(*key, f"{mean(scores):.2f} % ({len(scores)})") for key, scores in groups.items()]
-
-
-def over_seeds(row: Row) -> str:
-    """Mean ± sample standard deviation in percent."""
-    spread = f" ± {row.deviation:.2f}" if row.deviation is not None else ""
-    return f"{mean(row.scores):.2f}{spread} %"
-
-
-def _change(row: Row) -> str:
-    if row.change is None:
-        return sections.UNKNOWN
-    return f"{row.change:+.2f}{' *' if row.p is not None and row.p < SIGNIFICANT else ''}"
-
-
-def _mean_known(values: Iterator[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
-
-
-def plot(comparison: Comparison, path: Path) -> None:
-    """Draw the score against epochs, a panel for each constraint, a line for each method, error bars over seeds.
-
-    Raises:
-        MissingPartError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPartError("the plot needs matplotlib: pip install 'cbpq[compare]'") from error
-    groups = comparison._groups()
-    constraints = list(dict.fromkeys(constraint for (constraint, _), _ in groups))
-    figure = Figure(figsize=(4.5 * len(constraints), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(constraints), squeeze=False)[0]
-    for panel, name in zip(panels, constraints, strict=True):
-        for (constraint, method), runs in groups:
-            if constraint != name:
-                continue
-            points = _curve(runs)
-            panel.errorbar(
-                [epoch for epoch, _ in points],
-                [mean(scores) for _, scores in points],
-                yerr=[stdev(scores) if len(scores) > 1 else 0.0 for _, scores in points],
-                marker="o",
-                markersize=3,
-                capsize=2,
-                linewidth=1.2,
-                label=method,
-            )
-        if comparison.original is not None:
-            panel.axhline(comparison.original, color="gray", linewidth=0.8, linestyle=":", label="original")
-        panel.set(title=name, xlabel="epochs", ylabel=f"{comparison.measure} in %")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
-    with writing(path):
-        figure.savefig(path, dpi=120)
-
-
-def _curve(runs: Sequence[Outcome]) -> list[tuple[float, list[float]]]:
-    """The scores of all runs at each epoch that any was measured at."""
-    at: dict[float, list[float]] = {}
-    for run in runs:
-        for epoch, score in dict(run.curve).items():
-            if math.isfinite(score):
-                at.setdefault(epoch, []).append(score)
-    return sorted(at.items())

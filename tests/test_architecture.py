@@ -53,7 +53,7 @@ ROWS = (
         "model_file",
         "inspection",
     ),
-    ("exports", "sections", "report"),
+    ("exports", "sections", "report", "standings", "plotting"),
     ("planning", "events", "stages", "summary", "pipeline", "comparison"),
     ("api",),
     ("cli", "__main__"),

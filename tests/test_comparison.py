@@ -10,11 +10,12 @@ from PIL import Image
 from scipy import stats
 from small_job import Outcome, command, contents, one_line, refused, report_of, write_arrays, write_network
 
-from cbpq import comparison
-from cbpq.comparison import Cell, combinations, compare_methods, plot, read_comparison, welch
+from cbpq import plotting, standings
+from cbpq.comparison import Cell, combinations, compare_methods
 from cbpq.errors import CbpqError, MissingPartError, UsageError
 from cbpq.events import Interrupted
 from cbpq.methods import METHODS
+from cbpq.standings import read_comparison, welch
 
 FILES = {"comparison.json", "comparison.md", "comparison.png"}
 SHORT = ("--epochs", 2, "-j", 0, "--device", "cpu", "--set", "batch_size=32", "--set", "rounding=nearest")
@@ -150,7 +151,7 @@ def test_without_matplotlib_there_is_no_plot(job: Path, monkeypatch: pytest.Monk
     def missing(*arguments: object) -> None:
         raise MissingPartError("the plot needs matplotlib: pip install 'cbpq[compare]'")
 
-    monkeypatch.setattr(comparison, "plot", missing)
+    monkeypatch.setattr(plotting, "plot", missing)
     outcome = compare("--method", "cbp", "--seeds", 1, "--set", "evaluate_every=0")
     assert outcome.code == 0
     assert "warning: the plot needs matplotlib" in outcome.err
@@ -227,9 +228,9 @@ def test_earlier_comparisons_are_read(job: Path) -> None:
 
 
 def test_the_plot_takes_runs_of_unequal_length(job: Path) -> None:
-    run = comparison.Outcome("cbp", "binary", 0, 90.0, 91.0, ((1.0, 80.0), (2.0, 90.0)), 0.1, None, 1000)
-    longer = comparison.Outcome("cbp", "binary", 1, 92.0, 91.0, ((1.0, 85.0), (3.0, 92.0)), 0.1, None, 1000)
-    made = comparison.Comparison("", {}, {}, {"epochs": 3}, "top-1", None, (run, longer), {})
-    plot(made, job / "plot.png")
-    assert comparison._curve([run, longer]) == [(1.0, [80.0, 85.0]), (2.0, [90.0]), (3.0, [92.0])]
+    run = standings.Outcome("cbp", "binary", 0, 90.0, 91.0, ((1.0, 80.0), (2.0, 90.0)), 0.1, None, 1000)
+    longer = standings.Outcome("cbp", "binary", 1, 92.0, 91.0, ((1.0, 85.0), (3.0, 92.0)), 0.1, None, 1000)
+    made = standings.Comparison("", {}, {}, {"epochs": 3}, "top-1", None, (run, longer), {})
+    plotting.plot(made, job / "plot.png")
+    assert plotting._curve([run, longer]) == [(1.0, [80.0, 85.0]), (2.0, [90.0]), (3.0, [92.0])]
     assert (job / "plot.png").stat().st_size > 1000

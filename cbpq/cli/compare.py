@@ -119,7 +119,9 @@ def command(
     overrides = common.input_overrides(input_size, mean, std, interpolation, crop_pct)
 
     from cbpq.cli.display import Display
-    from cbpq.comparison import Cell, Outcome, compare_methods, plot, score_table
+    from cbpq.comparison import Cell, compare_methods
+    from cbpq.plotting import plot
+    from cbpq.standings import Outcome, score_table
 
     console = common.stderr(quiet)
     with Display(console) as display:
