@@ -22,12 +22,11 @@ from cbpq import stages
 from cbpq.atomic import atomic_write, remove_leftovers
 from cbpq.checkpoint import load_checkpoint, save_checkpoint
 from cbpq.compensation import Rounding, Start, round_network
-from cbpq.data import Data, TrainLoader, synthetic_data
+from cbpq.data import Data, synthetic_data
 from cbpq.devices import PeakMemory
 from cbpq.errors import TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
 from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
-from cbpq.loaders import RepeatedBatches
 from cbpq.model_file import save
 from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in, writing
@@ -246,7 +245,7 @@ class _Execution:
         job = self.job
         return prepare(
             network,
-            self._loader(),
+            stages.training_batches(self._data(), job.resolved.settings),
             levels=job.levels,
             method=job.method,
             settings=job.resolved.settings,
@@ -257,15 +256,6 @@ class _Execution:
             teacher=teacher,
             starts=self.starts or None,
         )
-
-    def _loader(self) -> TrainLoader:
-        """The training pictures, gone through several times in an epoch where there are few."""
-        loader, settings = self._data().train, self.job.resolved.settings
-        if loader is None:
-            raise TrainingError("there are no pictures to train on")
-        steps = settings.epoch_images / settings.batch_size
-        passes = math.ceil(steps / len(loader))
-        return RepeatedBatches(loader, passes) if passes > 1 else loader
 
     def _train(self, run: Run) -> None:
         settings = self.job.resolved.settings

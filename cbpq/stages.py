@@ -1,5 +1,6 @@
-"""What the stages before training are given: pictures, and what one stage takes over from another."""
+"""What training and the stages before it are given: pictures, and what one stage takes over from another."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
@@ -7,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from cbpq.compensation import Start
-from cbpq.data import Batch, Data
+from cbpq.data import Batch, Data, TrainLoader
+from cbpq.errors import TrainingError
 from cbpq.levels import Grid, LevelSet
+from cbpq.loaders import RepeatedBatches
 from cbpq.presets import Settings
 
 MEMORY = 2**28  # bytes of pictures that the stages before training look at, at most
@@ -30,6 +33,19 @@ def handed_on(
         return {name: Start(Grid(levels, s.scale).nearest(s.latent), s.scale) for name, s in starts.items()}
     network.load_state_dict(original.state_dict())
     return {name: Start(original.get_parameter(name).detach().clone(), s.scale) for name, s in starts.items()}
+
+
+def training_batches(data: Data, settings: Settings) -> TrainLoader:
+    """The training pictures, gone through several times in an epoch where there are few.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    if data.train is None:
+        raise TrainingError("there are no pictures to train on")
+    steps = settings.epoch_images / settings.batch_size
+    passes = math.ceil(steps / len(data.train))
+    return RepeatedBatches(data.train, passes) if passes > 1 else data.train
 
 
 def calibration_images(data: Data, device: torch.device, most: int | None = None) -> list[Tensor]:

@@ -11,7 +11,7 @@ nothing had happened (bit for bit on a CPU).
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -70,12 +70,13 @@ Event = Step | EpochEnd
 
 
 @dataclass
-class Run:
-    """Everything a training run is made of. ``epoch`` and ``step`` say what is done, ``steps`` counts them all."""
+class Training:
+    """A network that is trained, whoever changes its weights. ``epoch`` and ``step`` say what is done, ``steps`` counts
+    them all.
+    """
 
     model: nn.Module
     teacher: nn.Module | None
-    constrained: Constrained
     optimizer: torch.optim.Optimizer
     loader: TrainLoader
     settings: Settings
@@ -98,6 +99,13 @@ class Run:
         """Share of the budget that is used, in epochs or in time, whichever is nearer its end."""
         steps = (self.epoch * len(self.loader) + self.step) / max(self.settings.epochs * len(self.loader), 1)
         return min(1.0, max(steps, self.seconds / self.max_seconds))
+
+
+@dataclass
+class Run(Training):
+    """Everything the training of a constrained network is made of."""
+
+    constrained: Constrained = field(kw_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly from here: tensors and plain values only."""
@@ -152,14 +160,19 @@ def prepare(
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, settings)
     constrained = bind(model, optimizer, levels, method, settings, layers, starts)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    run = Run(model, teacher, constrained, optimizer, loader, settings, device, amp, max_seconds)
-    if teacher is not None and settings.distillation_loss == "features":
-        images = next(iter(loader.epoch(0))).images.to(device)
-        run.features = FeaturePair(model, teacher, find_blocks(model, constrained.names, images))
-    run.done = settings.epochs == 0
+    run = Run(model, teacher, optimizer, loader, settings, device, amp, max_seconds, constrained=constrained)
+    get_ready(run, constrained.names)
     return run
+
+
+def get_ready(run: Training, names: Sequence[str]) -> None:
+    """What is left to do once there is an optimizer; ``names`` are the weights that are constrained."""
+    for group in run.optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    if run.teacher is not None and run.settings.distillation_loss == "features":
+        images = next(iter(run.loader.epoch(0))).images.to(run.device)
+        run.features = FeaturePair(run.model, run.teacher, find_blocks(run.model, names, images))
+    run.done = run.settings.epochs == 0
 
 
 def train(run: Run) -> Iterator[Event]:
@@ -168,30 +181,45 @@ def train(run: Run) -> Iterator[Event]:
     Raises:
         TrainingError: the loss is not finite.
     """
-    run.model.train()
-    if run.settings.batchnorm == "frozen":
-        for norm in batch_norms(run.model):
-            norm.eval()
+    train_mode(run)
     while not run.done:
-        started, first = run._clock() - run.seconds, run.step
-        epoch_started = run._clock()
-        for batch in run.loader.epoch(run.epoch, run.step):
-            if run.progress >= 1:  # the time is up
-                break
-            set_lr(run)
-            loss = take_step(run, batch)
-            run.loss_sum += loss
-            run.step += 1
-            run.steps += 1
-            run.images_seen += len(batch.labels)
-            run.seconds = run._clock() - started
+        epoch_started, first = run._clock(), run.step
+        for batch, loss in take_steps(run):
             run.constrained.advance(run.progress)
             rate = (run.step - first) * len(batch.labels) / max(run._clock() - epoch_started, 1e-9)
             yield _step_event(run, loss, rate)
         yield _end_epoch(run, run._clock() - epoch_started)
 
 
-def take_step(run: Run, batch: Batch) -> float:
+def train_mode(run: Training) -> None:
+    """The network in training mode, but for BatchNorm layers that are to stay as they are."""
+    run.model.train()
+    if run.settings.batchnorm == "frozen":
+        for norm in batch_norms(run.model):
+            norm.eval()
+
+
+def take_steps(run: Training) -> Iterator[tuple[Batch, float]]:
+    """The steps that are left of an epoch. Yields after each its batch and loss.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    started = run._clock() - run.seconds
+    for batch in run.loader.epoch(run.epoch, run.step):
+        if run.progress >= 1:  # the time is up
+            return
+        set_lr(run)
+        loss = take_step(run, batch)
+        run.loss_sum += loss
+        run.step += 1
+        run.steps += 1
+        run.images_seen += len(batch.labels)
+        run.seconds = run._clock() - started
+        yield batch, loss
+
+
+def take_step(run: Training, batch: Batch) -> float:
     """One optimizer step on one batch; the loss."""
     images, labels = laid_out(run, batch.images), batch.labels.to(run.device)
     run.optimizer.zero_grad(set_to_none=True)
@@ -216,7 +244,7 @@ def take_step(run: Run, batch: Batch) -> float:
     return value
 
 
-def laid_out(run: Run, images: Tensor) -> Tensor:
+def laid_out(run: Training, images: Tensor) -> Tensor:
     """A batch's images on the run's device, as the network takes them fastest."""
     images = images.to(run.device)
     if run.layout is None:
@@ -224,7 +252,7 @@ def laid_out(run: Run, images: Tensor) -> Tensor:
     return images.contiguous(memory_format=run.layout)
 
 
-def forward(run: Run, images: Tensor) -> Any:
+def forward(run: Training, images: Tensor) -> Any:
     """What the network returns for a batch (B, C, H, W).
 
     Raises:
@@ -239,7 +267,7 @@ def forward(run: Run, images: Tensor) -> Any:
         ) from error
 
 
-def set_lr(run: Run) -> None:
+def set_lr(run: Training) -> None:
     """Learning rate at this point of the budget: each group's ``initial_lr`` times warm-up and schedule."""
     settings, progress = run.settings, run.progress
     if progress < settings.warmup:
@@ -270,9 +298,7 @@ def _step_event(run: Run, loss: float, rate: float) -> Step:
 
 def _end_epoch(run: Run, seconds: float) -> EpochEnd:
     update = run.constrained.end_epoch(run.loss_sum)
-    loss = run.loss_sum / max(run.step, 1)
-    run.done = run.progress >= 1
-    run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
+    loss = next_epoch(run)
     return EpochEnd(
         epoch=run.epoch,
         epochs=run.settings.epochs,
@@ -285,8 +311,16 @@ def _end_epoch(run: Run, seconds: float) -> EpochEnd:
     )
 
 
-def settling_batches(run: Run) -> int:
-    """Batches that ``finish`` re-estimates BatchNorm statistics from.
+def next_epoch(run: Training) -> float:
+    """Close an epoch; the mean of its losses."""
+    loss = run.loss_sum / max(run.step, 1)
+    run.done = run.progress >= 1
+    run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
+    return loss
+
+
+def settling_batches(run: Training) -> int:
+    """Batches that ``settle`` re-estimates BatchNorm statistics from.
 
     None where training did not use batch statistics, or there was no training: such a network relies on the running
     ones, which remember pictures as they were when it was first trained.
@@ -300,6 +334,12 @@ def settling_batches(run: Run) -> int:
 def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
     """Put every weight on its level, and re-estimate BatchNorm statistics for the weights as they are now."""
     run.constrained.finish()
+    settle(run, on_batch)
+
+
+@torch.no_grad()
+def settle(run: Training, on_batch: Callable[[], None] = lambda: None) -> None:
+    """The end of training: BatchNorm statistics re-estimated for the weights as they are now, evaluation mode."""
     if run.features is not None:
         run.features.remove()
     count = settling_batches(run)
