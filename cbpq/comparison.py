@@ -105,7 +105,7 @@ def compare_methods(
         report = json.loads((folder / "report.json").read_text())
         _check_same(report, job, folder)
         done.append(outcome_of(report, cell, folder))
-        comparison = _summary(report, job, done, command, earlier)
+        comparison = comparison_of(report, job, done, command, earlier)
         texts = {
             "comparison.json": json.dumps(comparison.to_dict(), indent=1),
             "comparison.md": comparison.to_markdown(),
@@ -160,21 +160,26 @@ def _claim(output: Path, cells: Sequence[Cell], *, resume: bool, overwrite: bool
 
 def _check_same(report: Mapping[str, Any], job: Plan, folder: Path) -> None:
     """Refuse a finished run that was made in another way."""
-    own = {name: value for name, value in job.resolved.settings.to_dict().items() if name not in FREE_SETTINGS}
-    saved = {name: entry["value"] for name, entry in report["settings"].items() if name not in FREE_SETTINGS}
-    different = sorted(name for name in own | saved if own.get(name) != saved.get(name))
-    if report["source"] != plain(job.loaded.info.to_dict()):
-        different.append("the network")
-    if different:
+    if different := differences(report, job):
         raise UsageError(
             f"the finished run in {folder} differs in {', '.join(different)}; give the same settings, or use "
             "--overwrite to start again"
         )
 
 
+def differences(report: Mapping[str, Any], job: Plan) -> list[str]:
+    """In what a finished run was made in another way than planned."""
+    own = {name: value for name, value in job.resolved.settings.to_dict().items() if name not in FREE_SETTINGS}
+    saved = {name: entry["value"] for name, entry in report["settings"].items() if name not in FREE_SETTINGS}
+    different = sorted(name for name in own | saved if own.get(name) != saved.get(name))
+    if report["source"] != plain(job.loaded.info.to_dict()):
+        different.append("the network")
+    return different
+
+
 def outcome_of(report: Mapping[str, Any], cell: Cell, folder: Path) -> Outcome:
     """A finished run's outcome, from its report and events."""
-    score, agreement = _score(report["quantized"], report["comparison"]), report["comparison"]["agreement"]
+    score, agreement = score_of(report["quantized"], report["comparison"]), report["comparison"]["agreement"]
     training = report["training"]
     curve = [*_measured_epochs(folder / "events.jsonl"), (float(training["epochs"]), score)]
     stage = next((stage for stage in report["stages"] if stage["name"] == "training"), None)
@@ -198,17 +203,23 @@ def _measured_epochs(path: Path) -> Iterator[tuple[float, float]]:
         if event["event"] == EpochEnd.__name__:
             epoch = event["epoch"]
         elif event["event"] == "Evaluated" and event["which"] == f"epoch {epoch}":
-            yield float(epoch), _score(event["result"], event["result"].get("comparison"))
+            yield float(epoch), score_of(event["result"], event["result"].get("comparison"))
 
 
-def _score(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> float:
+def score_of(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> float:
+    """Top-1 of an evaluation, or without labels the agreement with the original, in percent."""
     score = result["top1"] if result["top1"] is not None else (comparison or {})["agreement"]
     return float(score)
 
 
-def _summary(
-    report: Mapping[str, Any], job: Plan, done: Sequence[Outcome], command: str, against: Mapping[str, Any] | None
+def comparison_of(
+    report: Mapping[str, Any],
+    job: Plan,
+    done: Sequence[Outcome],
+    command: str = "",
+    against: Mapping[str, Any] | None = None,
 ) -> Comparison:
+    """The comparison of what is done so far; ``report`` and ``job`` are those of one of the runs."""
     labelled = report["quantized"]["top1"] is not None
     order = {(run.constraint, run.method): None for run in done}
     ordered = [run for key in order for run in done if (run.constraint, run.method) == key]

@@ -23,7 +23,8 @@ class Outcome:
     """How a run ended. ``score`` is top-1, or without labels the agreement with the original, in percent.
 
     ``curve`` holds (epochs, score) as far as it was measured, the finished network last; ``step_seconds`` is the time
-    of one training step, ``peak_bytes`` the most memory in use while training.
+    of one training step, ``peak_bytes`` the most memory in use while training, ``file_bytes`` the size of the file, if
+    there is one.
     """
 
     method: str
@@ -34,7 +35,7 @@ class Outcome:
     curve: tuple[tuple[float, float], ...]
     step_seconds: float | None
     peak_bytes: int | None
-    file_bytes: int
+    file_bytes: int | None
 
 
 @dataclass(frozen=True)
