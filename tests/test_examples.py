@@ -63,7 +63,9 @@ def test_commands_in_documents_exist(document: Path) -> None:
 
 def test_flags_named_in_documents_exist() -> None:
     """Also those in running text."""
-    helps = "".join(command(name, "--help").out for name in ("quantize", "evaluate", "inspect", "export", "models"))
+    helps = "".join(
+        command(name, "--help").out for name in ("quantize", "evaluate", "compare", "inspect", "export", "models")
+    )
     known = set(re.findall(r"--[a-z][a-z0-9-]+", helps)) | {"--install-completion", "--strict", "--version"}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text()))
