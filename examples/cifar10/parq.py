@@ -39,7 +39,7 @@ from rich.console import Console
 from torch import nn
 
 from cbpq.atomic import atomic_write
-from cbpq.comparison import Cell, Comparison, Outcome, comparison_of, differences, score_of
+from cbpq.comparison import Cell, comparison_of, differences, score_of
 from cbpq.compensation import Rounding, round_network
 from cbpq.configuration import combine
 from cbpq.data import Data
@@ -51,6 +51,7 @@ from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.recipe import make_optimizer
 from cbpq.report import plain
 from cbpq.stages import calibration_images, handed_on, training_batches
+from cbpq.standings import Comparison, Outcome
 from cbpq.summary import versions
 from cbpq.training import Training, get_ready, next_epoch, settle, take_steps, train_mode
 
