@@ -42,8 +42,8 @@ class Settings:
     # the budget and the optimizer
     epochs: int = _setting(100, 10, 0, "passes over the training data (the published code has no stopping rule)")
     batch_size: int = _setting(256, 128, 64, "images per step", least=1)
-    optimizer: str = _setting("sgd", "sgd", "adamw", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
-    lr: float = _setting(1e-3, 2e-2, 1e-3, "learning rate (its peak, where there is a schedule)")
+    optimizer: str = _setting("sgd", "adamw", "adamw", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
+    lr: float = _setting(1e-3, 2e-3, 1e-3, "learning rate (its peak, where there is a schedule)")
     lr_schedule: str = _setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
     warmup: float = _setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
     momentum: float = _setting(0.9, 0.9, 0.9, "of SGD", most=1)
@@ -82,7 +82,7 @@ class Settings:
     temperature: float = _setting(1.0, 1.0, 1.0, "of the distillation's softmax", least=1e-3)
     distillation_loss: str = _setting(
         "kl",
-        "kl",
+        "features",
         "features",
         "what distillation compares: outputs by KL divergence (kl), or outputs and what blocks give, by relative "
         "squared difference (features)",
