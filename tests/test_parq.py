@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from small_job import ROOT, write_arrays, write_network
 
-from cbpq.comparison import read_comparison
+from cbpq.standings import read_comparison
 
 SCRIPT = runpy.run_path(str(ROOT / "examples" / "cifar10" / "parq.py"))
 # looked for, not imported: what importing it has to say is for the script to keep quiet

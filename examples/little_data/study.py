@@ -9,15 +9,14 @@ already is not done again, and what was interrupted is resumed. Raw results go t
 import argparse
 import json
 import os
-import shlex
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
+
+from examples.runs import cbpq, keep, over_seeds, quantized
 
 NETWORK = "examples.cifar10.resnet:resnet20"
 CONSTRAINTS = ("two-bit-shift", "one-bit-shift", "ternary", "binary")
@@ -61,12 +60,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def over_seeds(values: list[float]) -> str:
-    """Mean ± sample standard deviation, in percent."""
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread} %"
-
-
 def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: int) -> None:
     """Quantize and measure, unless that was done."""
     name = f"{pictures}-{constraint}-{seed}"
@@ -74,36 +67,17 @@ def one_row(chosen: argparse.Namespace, pictures: str, constraint: str, seed: in
     if result.exists():
         return
     output = chosen.work / name
-    if not (output / "model.safetensors").exists():
-        flags = ["--data", str(without_labels(chosen.data, chosen.work))] if pictures == "unlabelled" else []
-        # what each stage wins is measured once, and nothing within training
-        flags += ["--set", f"evaluate_every={0 if seed else 100}"]
-        if (output / "checkpoint" / "state.pt").exists():
-            flags.append("--resume")
-        weights = ["--weights", str(chosen.weights)]
-        cbpq("quantize", NETWORK, *weights, *flags, "-c", constraint, "--seed", str(seed), "-o", str(output))
-    report = json.loads((output / "report.json").read_text())
+    flags = ["--data", str(without_labels(chosen.data, chosen.work))] if pictures == "unlabelled" else []
+    # what each stage wins is measured once, and nothing within training
+    flags += ["--set", f"evaluate_every={0 if seed else 100}"]
+    weights = ["--weights", str(chosen.weights)]
+    report = quantized(output, NETWORK, *weights, *flags, "-c", constraint, "--seed", str(seed))
     measured = report["quantized"] | {"comparison": report["comparison"]}  # on the test images, if there are pictures
     if pictures == "none":
-        flags = ["--arch", NETWORK, "--data", str(chosen.data), "--against", NETWORK, "--weights", str(chosen.weights)]
+        flags = ["--arch", NETWORK, "--data", str(chosen.data), "--against", NETWORK, *weights]
         measured = json.loads(cbpq("evaluate", str(output / "model.safetensors"), *flags, "--json"))
-    kept = {
-        "command": without_folders(report["command"]),
-        "test": {key: measured[key] for key in ("top1", "top1_interval", "images", "comparison")},
-        "stages": report["stages"],
-        "seconds": report["seconds"],
-        "file_bytes": report["sizes"]["file_bytes"],
-        "versions": report["versions"],
-        "settings": {key: value["value"] for key, value in report["settings"].items()},
-    }
-    RESULTS.mkdir(exist_ok=True)
-    result.write_text(json.dumps(kept, indent=1) + "\n")
+    kept = keep(result, report, measured)
     print(f"{name}: {kept['test']['top1']:.2f} %", flush=True)
-
-
-def without_folders(command: str) -> str:
-    """A command line with files' names alone, as on any machine."""
-    return shlex.join(Path(part).name if "/" in part else part for part in shlex.split(command))
 
 
 def without_labels(data: Path, work: Path) -> Path:
@@ -115,12 +89,6 @@ def without_labels(data: Path, work: Path) -> Path:
         np.savez(partial, **arrays)
         partial.replace(path)
     return path
-
-
-def cbpq(*arguments: str) -> str:
-    """Run the command line and give what it prints."""
-    done = subprocess.run([sys.executable, "-m", "cbpq", *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout
 
 
 if __name__ == "__main__":

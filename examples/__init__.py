@@ -1,0 +1,1 @@
+"""What cbpq is used for, and the studies of it."""

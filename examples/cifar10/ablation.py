@@ -1,0 +1,100 @@
+"""What each part of preset ``default`` is worth: ResNet-20 on CIFAR-10, with one part left out or replaced at a time.
+
+    python -m examples.cifar10.ablation --weights resnet20.th --data cifar10.npz --work runs
+
+Trains on 45,000 of the training images and measures on the other 5,000; the test images are not looked at. What is
+there already is not done again, and what was interrupted is resumed. Raw results go to ``results/``, a small JSON file
+each, and the table is printed.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from examples.runs import keep, over_seeds, quantized
+
+NETWORK = "examples.cifar10.resnet:resnet20"
+RESULTS = Path(__file__).parent / "results"
+WHOLE = "the preset as it is"
+PARTS = {
+    WHOLE: (),
+    "no multipliers, no window (straight-through)": ("--method", "straight-through"),
+    "latent weights start at the original ones": ("--set", "latent_weights=original"),
+    "latent weights start on their levels": ("--set", "latent_weights=snapped"),
+    "start from nearest rounding": ("--rounding", "nearest"),
+    "distillation of outputs alone (KL)": ("--set", "distillation_loss=kl"),
+    "labels instead of distillation": ("--set", "distillation=0"),
+    "SGD, learning rate 0.02": ("--set", "optimizer=sgd", "--lr", "0.02"),
+    "learning rate halved": ("--lr", "0.001"),
+    "learning rate doubled": ("--lr", "0.004"),
+    "scales fixed": ("--set", "learn_scales=false"),
+    "one scale for each layer": ("--set", "scale_granularity=layer"),
+    "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
+    "BatchNorm statistics not re-estimated": ("--set", "batchnorm_batches=0"),
+}
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz, see the README")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--constraints", nargs="+", default=["binary", "two-bit-shift"])
+    parser.add_argument("--parts", nargs="+", type=int, metavar="N", help="only these rows, counted from 0")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    chosen = parser.parse_args()
+    names = list(PARTS)
+    for seed, part, constraint in product(chosen.seeds, chosen.parts or range(len(names)), chosen.constraints):
+        one_run(chosen, names[part], constraint, seed)
+    print(table(chosen.epochs, chosen.constraints))
+
+
+def table(epochs: int, constraints: list[str]) -> str:
+    """All results so far in Markdown: the share of held-out pictures with the original's answer, and the mean
+    cross-entropy, which still tells where answers hardly differ.
+    """
+    lines = [
+        f"| | {' | '.join(f'`{c}`, same answer | cross-entropy' for c in constraints)} |",
+        f"|---|{'---:|---:|' * len(constraints)}",
+    ]
+    for part in PARTS:
+        cells: list[str] = []
+        for constraint in constraints:
+            runs = results(epochs, constraint, part)
+            cells.append(over_seeds([run["comparison"]["agreement"] for run in runs]) if runs else "–")
+            cells.append(f"{mean(run['loss'] for run in runs):.4f}" if runs else "–")
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def results(epochs: int, constraint: str, part: str) -> list[dict[str, Any]]:
+    """What was measured in every finished run of one row."""
+    paths = sorted(RESULTS.glob(f"{stem(epochs, constraint, part)}-*.json"))
+    return [json.loads(path.read_text())["test"] for path in paths]
+
+
+def stem(epochs: int, constraint: str, part: str) -> str:
+    """A run's name without its seed."""
+    return f"ablation-{epochs}-{constraint}-{list(PARTS).index(part)}"
+
+
+def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -> None:
+    """Quantize and measure on the held-out pictures, unless that was done."""
+    name = f"{stem(chosen.epochs, constraint, part)}-{seed}"
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        return
+    flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), "--val-from-train", "0.1"]
+    flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
+    report = quantized(chosen.work / name, NETWORK, *flags, *PARTS[part])
+    kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]})
+    print(f"{name} ({part}): {kept['test']['comparison']['agreement']:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

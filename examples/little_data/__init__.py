@@ -1,0 +1,1 @@
+"""Few pictures without labels, and none."""
