@@ -183,6 +183,8 @@ PAPER_METHODS: dict[str, dict[str, Any]] = {
     "adaste": {"epochs": 700, "batch_size": 128, "lr": 3e-4, "lr_schedule": "cosine", "weight_decay": 0.0},
     "askewsgd": {"epochs": 300, "batch_size": 256, "lr": 0.1},
 }
+# Finer levels are nearer to the start, and larger steps lead away from there first.
+DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
 # three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}
@@ -247,6 +249,8 @@ def resolve(
         lay(f"preset paper, model {model}", PAPER_MODELS[model])
         if model in PAPER_SHIFT_LR and "shift" in constraint:
             lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
+    if preset == "default" and constraint in DEFAULT_LR:
+        lay(f"preset default, {constraint}", {"lr": DEFAULT_LR[constraint]})
     if preset == "little-data":
         if constraint in LITTLE_DATA_EPOCHS:
             lay(f"preset little-data, {constraint}", {"epochs": LITTLE_DATA_EPOCHS[constraint]})

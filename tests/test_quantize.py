@@ -111,7 +111,7 @@ def test_the_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {row["bits_per_weight"] for row in report["layers"]} == {3.0}
     assert [row["name"] for row in report["skipped"][:2]] == ["conv1.0.weight", "fc.weight"]
     assert report["settings"]["epochs"] == {"value": 1, "from": "command line"}
-    assert report["settings"]["lr"] == {"value": 0.002, "from": "preset default"}
+    assert report["settings"]["lr"] == {"value": 0.0005, "from": "preset default, two-bit-shift"}
     assert report["training"]["steps"] == 1438 // 64
     assert report["versions"]["torch"] == torch.__version__
 
