@@ -6,6 +6,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,25 +15,31 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_job import RESULTS, ROOT, command, contents, write_folder
 
 import cbpq
+from cbpq.inputs import InputSpec
+from cbpq.layers import choose_layers
 from cbpq.levels import level_set
 from cbpq.models import load_model
+from cbpq.transforms import EvalTransform
 
 EXAMPLES = ROOT / "examples"
 DOCUMENTS = (ROOT / "README.md", *sorted(EXAMPLES.rglob("*.md")))
 
 
 def script(path: Path) -> ModuleType:
-    """A script as a module, its ``main`` not run."""
+    """A script as a module, its ``main`` not run; like Python, with its folder to import from."""
     spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -110,6 +117,11 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    return script(EXAMPLES / "digits" / "digits.py")
+
+
+@pytest.fixture(scope="module")
 def prepare() -> ModuleType:
     pytest.importorskip("sklearn")
     return script(EXAMPLES / "digits" / "prepare.py")
@@ -124,23 +136,23 @@ def test_digits_are_what_prepare_writes(prepare: ModuleType, tmp_path: Path) -> 
             assert np.array_equal(made[name], kept[name])
 
 
-def test_the_network_of_digits_is_as_prepare_says(prepare: ModuleType) -> None:
+def test_the_network_of_digits_is_as_prepare_says(prepare: ModuleType, digits: ModuleType) -> None:
     path = EXAMPLES / "digits" / "resnet.safetensors"
     loaded = load_model(str(path))
-    assert (loaded.info.library, loaded.info.architecture) == ("timm", prepare.ARCHITECTURE)
-    assert loaded.info.arguments == prepare.ARGUMENTS
+    assert (loaded.info.library, loaded.info.architecture) == ("timm", prepare.RESNET.architecture)
+    assert loaded.info.arguments == prepare.RESNET.arguments
     spec = loaded.info.input_spec
     assert (spec.channels, spec.height, spec.width) == (1, 8, 8)
-    assert (spec.mean, spec.std) == ((prepare.MEAN,), (prepare.STD,))
+    assert (spec.mean, spec.std) == ((digits.MEAN,), (digits.STD,))
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["architecture"] == f"timm:{prepare.ARCHITECTURE}"
+        assert file.metadata()["architecture"] == f"timm:{prepare.RESNET.architecture}"
     assert sum(file.stat().st_size for file in (EXAMPLES / "digits").iterdir() if file.is_file()) < 2_000_000
     # the same pictures through its script and through the library
     measured = cbpq.evaluate(path, EXAMPLES / "digits" / "digits.npz", device="cpu")
-    with np.load(EXAMPLES / "digits" / "digits.npz") as arrays, torch.no_grad():
-        images = prepare.normalize(torch.from_numpy(arrays["val_images"]))
-        right = loaded.model(images).argmax(1).numpy() == arrays["val_labels"][:, 0]
-    assert measured.result.top1 == 100 * float(right.mean()) > 97
+    assert measured.result.top1 is not None
+    assert measured.result.top1 > 97
+    shown = digits.describe_accuracy(loaded.model, *digits.read(EXAMPLES / "digits" / "digits.npz", "val"))
+    assert f" {measured.result.top1:.2f} % " in shown
 
 
 @pytest.mark.slow
@@ -153,6 +165,43 @@ def test_prepare_trains_a_network_as_good(prepare: ModuleType, tmp_path: Path, m
     top1 = cbpq.evaluate(tmp_path / "resnet.safetensors", tmp_path / "digits.npz", device="cpu").result.top1
     assert top1 is not None
     assert top1 > 96
+
+
+def test_the_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script(EXAMPLES / "digits" / "small_networks.py")
+    monkeypatch.setattr(sys, "argv", ["small_networks.py", "-o", str(tmp_path / "networks"), "--epochs", "1"])
+    module.main()
+    assert set(contents(tmp_path / "networks")) == {f"{name}.safetensors" for name in module.RECIPES}
+    constrained = {}
+    for name, recipe in module.RECIPES.items():
+        loaded = load_model(str(tmp_path / "networks" / f"{name}.safetensors"))
+        assert (loaded.info.architecture, loaded.info.arguments) == (recipe.architecture, recipe.arguments)
+        assert loaded.num_classes == 10
+        layers = choose_layers(loaded.model, input_spec=loaded.info.input_spec)
+        constrained[name] = {name: loaded.model.get_parameter(name).shape for name in layers.constrained}
+    assert [shape[0] for shape in constrained["depthwise"].values() if shape[1:] == (1, 3, 3)] == [64, 96, 96, 128]
+    for part in ("qkv", "proj"):
+        assert {f"blocks.{block}.attn.{part}.weight" for block in range(3)} <= constrained["transformer"].keys()
+
+
+def test_the_small_networks_depend_on_the_seed_alone(digits: ModuleType) -> None:
+    recipe = script(EXAMPLES / "digits" / "small_networks.py").RECIPES["transformer"]
+    images, labels = digits.read(EXAMPLES / "digits" / "digits.npz", "train", recipe.side)
+    one, same, other = (
+        digits.train(replace(recipe, epochs=1), images[:130], labels[:130], seed=seed).state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
+def test_pictures_of_another_size_are_those_that_cbpq_feeds(digits: ModuleType) -> None:
+    path = EXAMPLES / "digits" / "digits.npz"
+    images, _ = digits.read(path, "val", 12)
+    transform = EvalTransform(InputSpec(1, 12, 12, (digits.MEAN,), (digits.STD,)))
+    with np.load(path) as arrays:
+        fed = torch.cat([transform(Image.fromarray(image)) for image in arrays["val_images"]])
+    assert torch.equal(images, fed)
 
 
 # examples/plain_loop.py
