@@ -1,6 +1,6 @@
 """The examples and the README, followed as a user would."""
 
-import importlib.util
+import importlib
 import re
 import runpy
 import shlex
@@ -31,16 +31,11 @@ EXAMPLES = ROOT / "examples"
 DOCUMENTS = (ROOT / "README.md", *sorted(EXAMPLES.rglob("*.md")))
 
 
-def script(path: Path) -> ModuleType:
-    """A script as a module, its ``main`` not run; like Python, with its folder to import from."""
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def script(name: str) -> ModuleType:
+    """An example as a module, its ``main`` not run; found as from the top of the repository."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(path.parent)
-        spec.loader.exec_module(module)
-    return module
+        patch.syspath_prepend(ROOT)
+        return importlib.import_module(f"examples.{name}")
 
 
 def commands_in(path: Path) -> list[list[str]]:
@@ -118,13 +113,13 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
-    return script(EXAMPLES / "digits" / "digits.py")
+    return script("digits.digits")
 
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
     pytest.importorskip("sklearn")
-    return script(EXAMPLES / "digits" / "prepare.py")
+    return script("digits.prepare")
 
 
 def test_digits_are_what_prepare_writes(prepare: ModuleType, tmp_path: Path) -> None:
@@ -168,7 +163,7 @@ def test_prepare_trains_a_network_as_good(prepare: ModuleType, tmp_path: Path, m
 
 
 def test_the_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = script(EXAMPLES / "digits" / "small_networks.py")
+    module = script("digits.small_networks")
     monkeypatch.setattr(sys, "argv", ["small_networks.py", "-o", str(tmp_path / "networks"), "--epochs", "1"])
     module.main()
     assert set(contents(tmp_path / "networks")) == {f"{name}.safetensors" for name in module.RECIPES}
@@ -185,7 +180,7 @@ def test_the_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_small_networks_depend_on_the_seed_alone(digits: ModuleType) -> None:
-    recipe = script(EXAMPLES / "digits" / "small_networks.py").RECIPES["transformer"]
+    recipe = script("digits.small_networks").RECIPES["transformer"]
     images, labels = digits.read(EXAMPLES / "digits" / "digits.npz", "train", recipe.side)
     one, same, other = (
         digits.train(replace(recipe, epochs=1), images[:130], labels[:130], seed=seed).state_dict()

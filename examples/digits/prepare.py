@@ -1,7 +1,7 @@
 """Make the two files of this example: the UCI handwritten digits, and a small network trained on them.
 
     pip install scikit-learn
-    python examples/digits/prepare.py
+    python -m examples.digits.prepare
 
 ``digits.npz`` holds scikit-learn's copy of the data (1,797 pictures of 8×8 pixels, Alpaydin & Kaynak 1998, CC BY 4.0)
 in the MedMNIST layout, every fifth picture for validation. ``resnet.safetensors`` is timm's ``test_resnet``, narrowed,
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits import Recipe, describe_accuracy, read, train, write
 from sklearn.datasets import load_digits
+
+from examples.digits.digits import Recipe, describe_accuracy, read, train, write
 
 HERE = Path(__file__).parent
 RESNET = Recipe(

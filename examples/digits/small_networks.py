@@ -1,6 +1,6 @@
 """Train two small networks on the digits that are no ResNets, to try methods and presets on.
 
-    python examples/digits/small_networks.py -o networks
+    python -m examples.digits.small_networks -o networks
 
 ``depthwise.safetensors`` is a narrow timm EfficientNet: inverted residuals, whose depthwise convolutions have nine
 weights per channel, and squeeze-and-excitation. ``transformer.safetensors`` is a small timm VisionTransformer. Like
@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from digits import Recipe, describe_accuracy, read, train, write
+
+from examples.digits.digits import Recipe, describe_accuracy, read, train, write
 
 DIGITS = Path(__file__).parent / "digits.npz"
 TASK = {"num_classes": 10, "in_chans": 1}

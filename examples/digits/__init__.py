@@ -1,0 +1,1 @@
+"""The handwritten digits, and small networks trained on them."""
