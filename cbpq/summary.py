@@ -101,7 +101,7 @@ def build_report(
         },
         versions=versions(job.device),
         seconds=seconds,
-        warnings=tuple(job.warnings),
+        warnings=(*job.warnings, *setbacks(stages, final, original)),
         stages=tuple(stages),
     )
 
@@ -115,6 +115,21 @@ def stage_row(
     measured = summarize(predictions, original)
     agreement = measured.comparison.agreement if measured.comparison else None
     return Stage(name, measured.top1, agreement, seconds, peak_bytes)
+
+
+def setbacks(stages: Sequence[Stage], final: Predictions, original: Predictions) -> list[str]:
+    """What to say where a stage before the last had reached more than chance can explain."""
+    measured = summarize(final, original)
+    agreement = measured.comparison.agreement_interval if measured.comparison else None
+    interval, name = (measured.top1_interval, "top1") if measured.top1_interval else (agreement, "agreement")
+    earlier = [(score, stage.name) for stage in stages[:-1] if (score := getattr(stage, name)) is not None]
+    if interval is None or not earlier or max(earlier)[0] <= interval[1]:
+        return []
+    best, stage_name = max(earlier)
+    return [
+        f"after {stage_name} the network was better ({best:.2f} %) than at the end; --epochs 0 stops after rounding, "
+        "and a lower --lr or more --epochs may keep what it won"
+    ]
 
 
 def layer_row(

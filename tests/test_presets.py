@@ -108,7 +108,7 @@ def test_every_method_has_its_papers_settings() -> None:
 
 
 def test_default_preset_is_the_short_recipe() -> None:
-    resolved = resolve("default", architecture="alexnet", input_size=32, constraint="two-bit-shift")
+    resolved = resolve("default", architecture="alexnet", input_size=32, constraint="binary")
     assert resolved.settings == Settings() == resolve().settings
     assert set(resolved.origins.values()) == {"preset default"}
     settings = resolved.settings
@@ -118,6 +118,15 @@ def test_default_preset_is_the_short_recipe() -> None:
     assert 0 < settings.warmup < 1
     choices = (settings.scale_rule, settings.scale_granularity, settings.lr_schedule, settings.multiplier_schedule)
     assert choices == ("least-squares", "channel", "cosine", "progress")
+
+
+def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:
+    rates = [resolve("default", constraint=name).settings.lr for name in CONSTRAINTS]
+    assert list(CONSTRAINTS) == ["binary", "ternary", "one-bit-shift", "two-bit-shift"]
+    assert rates == sorted(rates, reverse=True)
+    resolved = resolve("default", constraint="two-bit-shift")
+    assert resolved.to_dict()["lr"] == {"value": 5e-4, "from": "preset default, two-bit-shift"}
+    assert resolve("default", constraint="two-bit-shift", layers=[("you", {"lr": 0.1})]).settings.lr == 0.1
 
 
 @EVERY_PRESET

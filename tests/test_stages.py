@@ -5,6 +5,7 @@ Only two small blocks are constrained, so that a whole run takes a second.
 
 import copy
 import json
+import math
 import random
 import signal
 import subprocess
@@ -30,16 +31,19 @@ from torch import Tensor, nn
 
 from cbpq import stages
 from cbpq.compensation import Rounding, Start, round_network
+from cbpq.evaluation import Predictions
 from cbpq.events import Event, Interrupted, Phase, Tick
 from cbpq.fileformat import read
 from cbpq.layers import choose_layers
 from cbpq.levels import Grid, level_set
 from cbpq.model_file import save
 from cbpq.models import load_model
+from cbpq.pictures import NO_LABEL
 from cbpq.pipeline import STAGES, execute
 from cbpq.planning import Plan, plan
 from cbpq.report import Report
 from cbpq.scales import initial_scale
+from cbpq.summary import setbacks, stage_row
 from cbpq.training import Step, finish, prepare, train
 
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = STAGES
@@ -465,3 +469,29 @@ def test_a_time_limit_ends_every_stage(job: Path, tmp_path: Path) -> None:
     assert report.training["window"] == "shut"
     network = load_model(str(tmp_path / "out" / "model.safetensors")).model
     assert choose_layers(network).constrained
+
+
+def said(right: int, count: int = 400, labelled: bool = True) -> Predictions:
+    """Of ``count`` pictures of class 1, ``right`` are taken for it."""
+    classes = (torch.arange(count) < right).long()
+    labels = torch.full((count,), 1 if labelled else NO_LABEL)
+    losses = torch.full((count,), 1.0 if labelled else math.nan, dtype=torch.float64)
+    return Predictions(labels, classes, None, losses, 1.0)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_run_that_ends_below_one_of_its_stages_says_so(labelled: bool) -> None:
+    original = said(400, labelled=labelled)
+
+    def after(*rights: int) -> list[str]:
+        predictions = [said(right, labelled=labelled) for right in rights]
+        rows = [stage_row(f"stage {i}", found, original, 1.0, None) for i, found in enumerate(predictions)]
+        return setbacks(rows, predictions[-1], original)
+
+    (text,) = after(100, 396, 380)
+    assert text.startswith("after stage 1 the network was better (99.00 %) than at the end; --epochs 0")
+    assert not after(100, 396, 394)  # chance may explain it
+    assert not after(100, 380, 396)
+    assert not after(380)
+    rows = [stage_row("stage", None, original, 1.0, None)] * 2  # nothing was measured on the way
+    assert not setbacks(rows, said(10, labelled=labelled), original)
