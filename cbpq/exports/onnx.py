@@ -9,28 +9,23 @@ random pictures in batches of 1 and 3. Logits may differ by ``onnx_checks.TOLERA
 """
 
 import copy
-import io
 import json
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError, UsageError, require_extra
 from cbpq.exports import Exported, float32_size
-from cbpq.exports.onnx_checks import check_integers, check_logits, equal_bits, one_line
+from cbpq.exports.onnx_checks import check_integers, check_logits, equal_bits
+from cbpq.exports.translation import PREFIX, Logits, all_names, check_weights, one_line, quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
-from cbpq.models import logits
 from cbpq.packing import pack
 
 DEFAULT_OPSET = 21
@@ -38,7 +33,6 @@ DEFAULT_OPSET = 21
 _IR_VERSIONS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 _INTEGER_TYPES = (("INT2", 2, 25), ("INT4", 4, 21), ("INT8", 8, 21))  # name, bits, first opset
 _MAX_BYTES = 2**31 - 1  # protobuf's limit for one file
-_PREFIX = "network."  # of every name inside `_Logits`
 _NOTE = (
     "smaller, not faster: onnxruntime keeps 2-bit and 4-bit weights packed in memory, "
     "but dequantizes them to float32 at every run"
@@ -69,11 +63,11 @@ def export_onnx(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *,
     types = {name: _integer_type(name, tensor, opset) for name, tensor in file.constrained.items()}
     _check_size(file, types)
     network = copy.deepcopy(model).cpu().eval()
-    _check_weights(network, file)
+    check_weights(network, file)
 
-    with _quiet():
+    with quiet():
         program, used = _translate(network, spec, opset)
-        aliases = _aliases(network)
+        aliases = all_names(network)
         # in the network's order, so that equal content gives equal bytes
         names = [name for name in aliases if name in file.constrained and not used.isdisjoint(aliases[name])]
         constrained = {name: file.constrained[name] for name in names}
@@ -127,39 +121,6 @@ def _check_size(file: CbpqFile, types: dict[str, tuple[str, int]]) -> None:
         )
 
 
-def _check_weights(network: nn.Module, file: CbpqFile) -> None:
-    state = network.state_dict()
-    arrays = file.others | {name: tensor.weight() for name, tensor in file.constrained.items()}
-    for name, array in arrays.items():
-        expected = torch.from_numpy(np.array(array))  # a copy, because arrays from a file may be read-only
-        if name not in state or state[name].dtype != expected.dtype or not torch.equal(state[name], expected):
-            raise CbpqError(f"the network does not hold the file's {name}; load it from the file to be exported")
-
-
-class _Logits(nn.Module):
-    """The network with the logits as its only output."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return logits(self.network(images))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines, log records and warnings to itself."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
 def _translate(network: nn.Module, spec: InputSpec, opset: int) -> tuple[Any, set[str]]:
     """The network as torch's ONNX program, not optimised: each parameter is an initializer of its own name.
 
@@ -172,7 +133,7 @@ def _translate(network: nn.Module, spec: InputSpec, opset: int) -> tuple[Any, se
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             exported = torch.export.export(
-                _Logits(network), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+                Logits(network), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
             program = torch.onnx.export(
                 exported,
@@ -194,16 +155,7 @@ def _translate(network: nn.Module, spec: InputSpec, opset: int) -> tuple[Any, se
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     users = {node.name: node.users for node in exported.graph.nodes}
-    return program, {name.removeprefix(_PREFIX) for node, name in targets.items() if users[node]}
-
-
-def _aliases(network: nn.Module) -> dict[str, list[str]]:
-    """For each state-dict name all names of its tensor: layers may share one, and the translation may use any name."""
-    names: dict[int, list[str]] = {}
-    state = network.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name: names[id(tensor)] for name, tensor in state.items()}
+    return program, {name.removeprefix(PREFIX) for node, name in targets.items() if users[node]}
 
 
 def _replace_weights(
@@ -220,7 +172,7 @@ def _replace_weights(
         if name in done:
             continue
         done.update(aliases[name])
-        found = [graph.initializers.get(_PREFIX + alias) for alias in aliases[name]]
+        found = [graph.initializers.get(PREFIX + alias) for alias in aliases[name]]
         values = [value for value in found if value is not None]
         if not values or not all(equal_bits(value.const_value.numpy(), tensor.weight()) for value in values):
             raise CbpqError(
@@ -263,7 +215,7 @@ def _finish(onnx: ModuleType, ir: Any, program: Any, spec: InputSpec, opset: int
         model = program.model
         ir.passes.common.ClearMetadataAndDocStringPass()(model)  # source lines and paths of this machine
         for value in list(model.graph.initializers.values()):  # renaming moves them
-            value.name = value.name.removeprefix(_PREFIX)
+            value.name = value.name.removeprefix(PREFIX)
         model.ir_version = _IR_VERSIONS[opset]
         model.producer_name, model.producer_version = "cbpq", None
         model.metadata_props["input_spec"] = json.dumps(spec.to_dict(), sort_keys=True)

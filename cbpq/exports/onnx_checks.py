@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbpq.errors import CbpqError
+from cbpq.exports.translation import one_line
 from cbpq.fileformat import ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
@@ -19,12 +20,6 @@ TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order reach 1e
 def equal_bits(first: NDArray[Any], second: NDArray[Any]) -> bool:
     """Whether two arrays have one type and shape and hold the same bits, which also compares NaNs."""
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
-
-
-def one_line(error: Exception) -> str:
-    """The message of a foreign exception, shortened to one line."""
-    text = " ".join(str(error).split())
-    return text[:300] if text else type(error).__name__
 
 
 def check_integers(onnx: ModuleType, data: bytes, constrained: dict[str, ConstrainedTensor]) -> None:
