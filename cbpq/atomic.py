@@ -1,9 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import contextlib
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cbpq.errors import CbpqError
@@ -29,12 +31,51 @@ def atomic_write(path: Path, data: bytes) -> None:
     Raises:
         CbpqError: the folder is missing or not writable, the disk is full, or ``path`` is no regular file.
     """
-    try:
+    with _writing(path):
         target = path.resolve()
         if target.is_symlink() or (target.exists() and not target.is_file()):
             # a loop of links; or a device, and root replacing /dev/null by a file would be a disaster
             raise OSError(errno.EISDIR if target.is_dir() else errno.EINVAL, "not a regular file")
         _replace(target, data)
+
+
+def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Make the folder ``path`` with exactly these files, by name. A folder of that name is replaced, with all that is
+    in it: whoever calls has made sure that it may be.
+
+    The files go to a temporary folder beside it, which then takes its place. On any failure ``path`` is as before and
+    the temporary folder is gone.
+
+    Raises:
+        CbpqError: the place cannot be written to, the disk is full, or ``path`` is no folder.
+    """
+    with _writing(path):
+        target = path.resolve()
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise OSError(errno.EEXIST, "a file has this name")
+        temporary, old = (target.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}") for _ in range(2))
+        temporary.mkdir()
+        try:
+            for name, data in files.items():
+                _replace(temporary / name, data)
+            if target.exists():
+                os.rename(target, old)  # a folder that is not empty cannot be replaced in one step
+            try:
+                os.rename(temporary, target)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, target)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in one line what keeps ``path`` from being written."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         # resolve() raises ValueError for a null byte and, before Python 3.13, RuntimeError for a loop of links
         reason, number = (error.strerror, error.errno) if isinstance(error, OSError) else (str(error), None)

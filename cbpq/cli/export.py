@@ -14,14 +14,17 @@ from cbpq.errors import UsageError
 def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A cbpq file, such as out/model.safetensors.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write.", rich_help_panel=common.OUTPUT)
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="File to write, or folder for c.", rich_help_panel=common.OUTPUT
+        ),
     ],
     format: Annotated[
         str | None,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="state-dict (.pth or .safetensors) or onnx (.onnx); unless given, by the ending of OUT.",
+            help="state-dict (.pth or .safetensors), onnx (.onnx) or c (a folder); unless given, by the ending of OUT.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -31,16 +34,25 @@ def command(
             "--opset", min=1, help="ONNX operator set; 25 stores 2-bit weights.", rich_help_panel=common.OUTPUT
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Run the result in what it is meant for (onnxruntime, a C compiler) before it is written.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = True,
     arch: common.Arch = None,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Write a cbpq file as a state dict or an ONNX network; the result is checked before it is written.
+    """Write a cbpq file as a state dict, an ONNX network or C code; the result is checked before it is written.
 
     Examples:
 
       cbpq export out/model.safetensors -o resnet18.pth
       cbpq export out/model.safetensors --format onnx -o resnet18.onnx
+      cbpq export out/model.safetensors --format c -o resnet18_c
     """
     from cbpq.exports import FORMATS, export
 
@@ -53,7 +65,7 @@ def command(
 
         loaded = load(file, arch=arch)
         model, spec = loaded.model, loaded.info.input_spec
-    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, opset=opset)
+    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, opset=opset, check=check)
     if json:
         common.print_json(result.to_dict())
         return
@@ -80,6 +92,6 @@ def format_of(output: Path) -> str:
     fits = [name for name, target in FORMATS.items() if output.suffix in target.extensions]
     if len(fits) == 1:
         return fits[0]
-    known = ", ".join(f"{name} ({' or '.join(target.extensions)})" for name, target in FORMATS.items())
+    known = ", ".join(f"{name} ({' or '.join(target.extensions) or 'a folder'})" for name, target in FORMATS.items())
     why = f"several formats end in {output.suffix}" if fits else f"no format ends in {output.suffix or 'nothing'}"
     raise UsageError(f"{output.name}: {why}; give --format: {known}")

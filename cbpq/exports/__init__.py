@@ -1,4 +1,4 @@
-"""From a cbpq file to files that other tools read: one module per target, and one table of all of them.
+"""From a cbpq file to files that other tools read: one module or package per target, and one table of all of them.
 
 A target is a function that checks its result with the reader it is meant for, writes ``out`` whole or not at all, and
 returns an `Exported`. A new one is a new module and a new row of ``FORMATS``. None is imported before it is used.
@@ -60,7 +60,8 @@ class Format:
         summary: one line for help texts.
         function: ``module:name``; called as ``(file, out, **options)``.
         needs_network: call it as ``(model, file, spec, out, **options)`` instead.
-        extensions: what ``out`` may end with.
+        extensions: what ``out`` may end with; none for a folder, which may have any name.
+        files: the names of what is in such a folder.
         extra: the optional part it belongs to, as in ``pip install "cbpq[extra]"``; empty if none.
         modules: the packages that this part installs and the target imports.
         options: keyword arguments it understands.
@@ -68,7 +69,8 @@ class Format:
 
     summary: str
     function: str
-    extensions: tuple[str, ...]
+    extensions: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     needs_network: bool = False
     extra: str = ""
     modules: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ FORMATS: Mapping[str, Format] = {
         summary="float32 weights that load_state_dict of torchvision, timm or your own network accepts",
         function="cbpq.exports.state_dict:export_state_dict",
         extensions=(".pth", ".safetensors"),
+        options=("check",),
     ),
     "onnx": Format(
         summary="an ONNX network whose constrained weights are 4-bit integers, or 2-bit with opset 25 where they fit",
@@ -88,7 +91,14 @@ FORMATS: Mapping[str, Format] = {
         needs_network=True,
         extra="onnx",
         modules=("onnx", "onnxscript", "onnxruntime"),
-        options=("opset",),
+        options=("opset", "check"),
+    ),
+    "c": Format(
+        summary="a folder of C99 code for microcontrollers and FPGAs: adds and shifts for constrained weights",
+        function="cbpq.exports.c:export_c",
+        files=("network.h", "network.c", "main.c", "golden.h"),
+        needs_network=True,
+        options=("check",),
     ),
 }
 
@@ -108,11 +118,11 @@ def export(
     Args:
         source: a cbpq file, or what was read from one.
         format: a name from ``FORMATS``.
-        out: the file to write; its extension must be one of the format's.
+        out: the file to write, whose extension must be one of the format's, or the folder.
         model: the network with the weights of ``source``, for formats that need it; else it is rebuilt from ``source``.
         spec: the input of ``model``; without it, the one ``source`` states.
         overwrite: whether an existing ``out`` may be replaced.
-        options: settings of the format, such as ``opset``; None stands for its default.
+        options: settings of the format, such as ``opset`` or ``check``; None stands for its default.
 
     Raises:
         UsageError: an unknown format or option, an extension that does not fit, an ``out`` that cannot be or exists.
@@ -152,6 +162,9 @@ def float32_size(file: CbpqFile) -> int:
 
 
 def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:
+    if target.files:
+        _check_out_folder(out, target, overwrite)
+        return
     if out.suffix not in target.extensions:
         endings = " or ".join(target.extensions)
         raise UsageError(f"the export format {format} writes files that end in {endings}, not {out.name!r}")
@@ -161,6 +174,22 @@ def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:
         raise UsageError(f"the folder {out.parent} does not exist; create it first or choose another")
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; choose another name or allow overwriting")
+
+
+def _check_out_folder(out: Path, target: Format, overwrite: bool) -> None:
+    """An old export may be replaced; a folder with anything else in it is not touched."""
+    try:
+        inside = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        parent = out.absolute().parent.is_dir()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{out} cannot be the output ({reason}); name a new folder") from error
+    if not parent:
+        raise UsageError(f"the folder {out.parent} does not exist; create it first or choose another")
+    if inside and not overwrite:
+        raise UsageError(f"{out} exists; choose another name or allow overwriting")
+    if others := [name for name in inside if name not in target.files]:
+        raise UsageError(f"{out} holds {others[0]}, which is no part of such an export; name another folder")
 
 
 def _network(file: CbpqFile, model: "nn.Module | None", spec: "InputSpec | None") -> "tuple[nn.Module, InputSpec]":

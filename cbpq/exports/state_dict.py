@@ -23,10 +23,11 @@ from cbpq.fileformat import CbpqFile
 _NOTE = "float32 weights again: as large as the original network and no faster, but any tool loads them"
 
 
-def export_state_dict(file: CbpqFile, out: Path) -> Exported:
+def export_state_dict(file: CbpqFile, out: Path, *, check: bool = True) -> Exported:
     """Write every tensor of ``file`` under its state-dict name, read back and compared before ``out`` appears.
 
     ``out`` ends in ``.pth`` (``torch.save`` of a dict of tensors, read with ``weights_only=True``) or ``.safetensors``.
+    Without ``check`` it is not read back.
 
     Raises:
         UsageError: another extension.
@@ -39,7 +40,8 @@ def export_state_dict(file: CbpqFile, out: Path) -> Exported:
     arrays = dict(sorted((decoded | file.others).items()))  # equal content in another order gives equal bytes
     # a copy, because arrays that were read from a file may be read-only, which tensors cannot be
     data = dump({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-    _compare(arrays, load(data))
+    if check:
+        _compare(arrays, load(data))
     atomic_write(out, data)
     return Exported(
         format="state-dict",
