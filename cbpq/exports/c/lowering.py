@@ -50,6 +50,8 @@ ROWS: dict[str, Row] = {
     "aten.mul": rows.arithmetic,
     "aten.div": rows.arithmetic,
     "aten.cat": moves.concatenation,
+    "aten.stack": moves.concatenation,
+    "aten.channel_shuffle": moves.channel_shuffle,
     "aten.pad": moves.padding,
     "aten.constant_pad_nd": moves.padding,
     **dict.fromkeys(

@@ -58,14 +58,23 @@ def part(call: Call, number: int, output: str) -> Operation:
     return _view(call, _applied(call)[number], output)
 
 
+def channel_shuffle(call: Call) -> Operation:
+    """Channels of several groups, in turn one of each group."""
+    shape, groups = call.shapes[call.inputs[0]], call.arguments["groups"]
+    whole = torch.empty(shape, device="meta").view(shape[0], groups, shape[1] // groups, -1)
+    return _view(call, whole.transpose(1, 2), call.output)
+
+
 def concatenation(call: Call) -> Operation:
-    """Values one after another along an axis."""
+    """Values one after another along an axis, or along a new one."""
     names, axis = call.arguments["tensors"], call.arguments["dim"] % len(call.shape)
     if not all(isinstance(name, str) for name in names):
         raise Unsupported("a part of it is a constant")
     steps, at, pieces = _strides(call.shape), 0, []
     for source, name in enumerate(names):
         shape = call.shapes[name]
+        if len(shape) < len(call.shape):  # stacked
+            shape = (*shape[:axis], 1, *shape[axis:])
         pieces.append(_piece(source, 0, at * steps[axis], shape, _strides(shape), steps))
         at += shape[axis]
     return Copy(tuple(names), call.output, call.where, tuple(pieces), clear=False)

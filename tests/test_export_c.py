@@ -1,0 +1,686 @@
+"""Export to C: compiled, it computes what PyTorch does, without a product by a constrained weight."""
+
+import ctypes
+import itertools
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_job import ROOT, command, one_line
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cbpq.atomic import atomic_write_folder
+from cbpq.errors import CbpqError, UsageError
+from cbpq.exports import FORMATS, c, export
+from cbpq.exports.c import compiler, export_c, text
+from cbpq.exports.c.lowering import exported_program, lower
+from cbpq.exports.c.memory import plan
+from cbpq.exports.c.operations import Copy, Layer, View
+from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
+from cbpq.inputs import InputSpec
+from cbpq.models import load_model
+
+GCC = shutil.which("gcc")
+needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc here")
+STRICT = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-pedantic")
+SANITIZED = (*STRICT[:1], "-O1", *STRICT[2:], "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CONSTRAINTS: dict[str, tuple[tuple[int, ...], int]] = {
+    "binary": ((-1, 1), 1),
+    "ternary": ((-1, 0, 1), 1),
+    "one-bit-shift": ((-2, -1, 0, 1, 2), 2),
+    "two-bit-shift": ((-4, -2, -1, 0, 1, 2, 4), 4),
+    "levels:-1,-0.3,0.3,1": ((-10, -3, 3, 10), 10),  # sums of two powers: 10 = 8 + 2, 3 = 2 + 1
+}
+TINY = InputSpec(2, 5, 6, (0.4, 0.5), (0.2, 0.3))
+
+
+def rounded(parameter: nn.Parameter, constraint: str, per_channel: bool) -> ConstrainedTensor:
+    """The nearest levels to a weight on a scale of its mean magnitude; the weight is changed to them."""
+    levels, denominator = CONSTRAINTS[constraint]
+    values = parameter.detach().numpy()
+    axes = tuple(range(1, values.ndim)) if per_channel else None
+    scale: NDArray[np.float32] = np.asarray(np.abs(values).mean(axis=axes) + 1e-3, dtype=np.float32)
+    ratio = values / (scale.reshape(-1, *[1] * (values.ndim - 1)) if per_channel else scale) * denominator
+    table = np.array(levels)
+    codes = table[np.searchsorted((table[1:] + table[:-1]) / 2, ratio)].astype(np.int8)
+    tensor = ConstrainedTensor(codes, scale, levels, denominator, constraint)
+    parameter.data.copy_(torch.from_numpy(tensor.weight()))
+    return tensor
+
+
+def constrained(model: nn.Module, *constraints: str, keep: Sequence[str] = ()) -> CbpqFile:
+    """Constrain all matrices and kernels but those to ``keep``, by these constraints in turn, scales of both kinds."""
+    chosen = itertools.cycle(itertools.product(constraints or ("two-bit-shift",), (True, False)))
+    tensors = {
+        name: rounded(parameter, *next(chosen))
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in keep
+    }
+    others = {name: value.numpy().copy() for name, value in model.state_dict().items() if name not in tensors}
+    return CbpqFile(tensors, others, {}, {}, {})
+
+
+def lived(model: nn.Module) -> nn.Module:
+    """BatchNorms with statistics and factors such as training gives them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias):
+                assert tensor is not None
+                tensor.data.normal_(0, 0.2)
+            for tensor in (module.running_var, module.weight):
+                assert tensor is not None
+                tensor.data.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def pictures(spec: InputSpec, count: int = 3) -> Tensor:
+    return torch.randn(count, spec.channels, spec.height, spec.width, generator=torch.Generator().manual_seed(5))
+
+
+def compiled(folder: Path, *flags: str, sources: Sequence[str] = ("network.c", "main.c"), to: str = "check") -> Path:
+    paths = [str(folder / name) for name in sources]
+    assert GCC is not None
+    done = subprocess.run([GCC, *flags, *paths, "-lm", "-o", str(folder.parent / to)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+    return folder.parent / to
+
+
+def computed(folder: Path, images: Tensor, classes: int) -> Tensor:
+    """What ``cbpq_run`` gives for each picture."""
+    run = ctypes.CDLL(
+        str(compiled(folder, *STRICT, "-shared", "-fPIC", sources=["network.c"], to="network.so"))
+    ).cbpq_run
+    outputs = torch.empty(len(images), classes)
+    for image, output in zip(images.contiguous(), outputs, strict=True):
+        run(ctypes.c_void_p(image.data_ptr()), ctypes.c_void_p(output.data_ptr()))
+    return outputs
+
+
+def check(folder: Path, model: nn.Module, spec: InputSpec, sanitize: bool = True) -> float:
+    """The generated code compiles without a warning, is clean, and agrees with torch on pictures of noise; returns the
+    largest difference relative to the largest logit."""
+    images = pictures(spec)
+    with torch.no_grad():
+        expected = torch.cat([model(image[None]) for image in images])
+    found = computed(folder, images, expected.shape[1])
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    assert difference <= 1e-4 * largest
+    assert difference <= 1e-4 * max(1.0, largest)
+    for flags in (STRICT, SANITIZED) if sanitize else (STRICT,):
+        done = subprocess.run([compiled(folder, *flags)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return difference / largest
+
+
+def make(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path) -> str:
+    """Export without the built-in check, since the tests' own is stricter; returns the C text."""
+    result = export_c(model, file, spec, out, check=False)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FORMATS["c"].files)
+    assert result.size == sum(path.stat().st_size for path in out.iterdir())
+    return (out / "network.c").read_text()
+
+
+class Branches(nn.Module):
+    """One convolution per constraint and kind of scale, and one that stays float, on the same input."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__()
+        count = 2 * len(CONSTRAINTS) + 1
+        self.branches = nn.ModuleList(nn.Conv2d(bias=number % 3 != 0, **shape) for number in range(count))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([branch(images).flatten(1) for branch in self.branches], dim=1)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "3x3": {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": 1},
+    "pointwise, strided": {"in_channels": 2, "out_channels": 3, "kernel_size": 1, "stride": (2, 3)},
+    "flat kernel": {"in_channels": 2, "out_channels": 2, "kernel_size": (1, 4), "stride": (1, 2), "padding": (0, 3)},
+    "depthwise": {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": 2, "padding": 1, "groups": 4},
+    "depthwise, multiplied": {"in_channels": 2, "out_channels": 6, "kernel_size": 2, "groups": 2},
+    "grouped, dilated": {
+        "in_channels": 4,
+        "out_channels": 6,
+        "kernel_size": (3, 2),
+        "groups": 2,
+        "dilation": (1, 3),
+        "padding": (2, 1),
+        "stride": (2, 1),
+    },
+    "dilated beyond the picture": {
+        "in_channels": 1,
+        "out_channels": 2,
+        "kernel_size": 3,
+        "padding": 4,
+        "dilation": 4,
+        "stride": 3,
+    },
+    "same, even": {"in_channels": 2, "out_channels": 2, "kernel_size": (4, 2), "padding": "same"},
+    "whole picture": {"in_channels": 3, "out_channels": 2, "kernel_size": (5, 6), "padding": "valid"},
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("shape", SHAPES)
+def test_convolutions_of_every_shape_constraint_and_scale(tmp_path: Path, shape: str) -> None:
+    torch.manual_seed(0)
+    model = Branches(**SHAPES[shape]).eval()
+    channels = SHAPES[shape]["in_channels"]
+    spec = InputSpec(channels, 5, 6, (0.5,) * channels, (0.5,) * channels)
+    file = constrained(model, *CONSTRAINTS, keep=[f"branches.{len(model.branches) - 1}.weight"])
+    assert {(tensor.constraint, tensor.scale.ndim) for tensor in file.constrained.values()} == set(
+        itertools.product(CONSTRAINTS, (0, 1))
+    )
+    make(model, file, spec, tmp_path / "out")
+    check(tmp_path / "out", model, spec)
+
+
+class Everything(nn.Module):
+    """Every operator with a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.alone = nn.BatchNorm2d(6)  # behind a ReLU: it cannot be folded
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.squeeze = nn.Conv2d(6, 6, 1)
+        self.hidden = nn.Linear(72, 12)
+        self.hidden_norm = nn.BatchNorm1d(12)
+        self.head = nn.Linear(24, 7)
+        self.factor = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.alone(functional.relu(self.norm(self.stem(images)), inplace=True))
+        y = functional.relu6(self.depthwise(x) * 3)
+        y = y * functional.hardsigmoid(self.squeeze(y.mean((2, 3), keepdim=True)))
+        x = x + functional.hardswish(y) * self.factor - 0.25
+        a, b = x.chunk(2, dim=1)
+        shuffled = torch.stack([functional.silu(a), functional.gelu(b)], dim=2).flatten(1, 2)
+        x = torch.cat(
+            [functional.leaky_relu(x, 0.2), shuffled.tanh(), functional.pad(x[:, 1:3], (0, 0, 0, 0, 1, 3))], 1
+        )
+        pooled = [
+            functional.max_pool2d(x, 3, 2, 1),
+            functional.max_pool2d(x, 2, ceil_mode=True),
+            functional.avg_pool2d(x, (2, 3), 2, (1, 1)),
+            functional.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+            functional.adaptive_avg_pool2d(x, (2, 4)),
+        ]
+        means = torch.cat([pool.mean((2, 3)) for pool in pooled[:4]], 1)
+        x = torch.sigmoid(self.hidden_norm(self.hidden(means)))
+        y = functional.gelu(pooled[4].mean(1).flatten(1), approximate="tanh")[:, :8]
+        x = torch.cat([x, y.softmax(1), pooled[4].permute(0, 2, 3, 1).mean((1, 2))[:, ::5][:, :4].clamp(min=0)], 1)
+        scores: Tensor = self.head(x)
+        return scores / 2
+
+
+@needs_gcc
+def test_every_operator(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = lived(Everything())
+    file = constrained(model, *CONSTRAINTS, keep=("factor",))
+    whole = make(model, file, TINY, tmp_path / "out")
+    check(tmp_path / "out", model, TINY)
+    assert whole.count("    affine(") >= 2  # the norm behind the ReLU, and what is multiplied with a constant
+
+
+class Inverted(nn.Module):
+    """MobileNet's block: expand, depthwise, project, and the input again."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        wide = 3 * channels
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)),
+            *(
+                nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.ReLU6(inplace=True),
+            ),
+            *(nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)),
+        )
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()),
+        *(Inverted(8, 8, 1), Inverted(8, 12, 2), Inverted(12, 12, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(12, 10)),
+    )
+
+
+def resnet20() -> nn.Module:
+    sys.path.insert(0, str(ROOT / "examples" / "cifar10"))
+    try:
+        from resnet import resnet20 as build
+    finally:
+        sys.path.pop(0)
+    network: nn.Module = build()
+    return network
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], InputSpec, Sequence[str]]] = {
+    "resnet20": (resnet20, InputSpec(3, 32, 32), ("conv1.weight", "linear.weight")),
+    "mobile": (mobile, InputSpec(3, 24, 32), ("0.weight", "9.weight")),
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_as_they_are_used(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    build, spec, keep = NETWORKS[name]
+    model = lived(build())
+    file = constrained(model, "two-bit-shift", "ternary", keep=keep)
+    whole = make(model, file, spec, tmp_path / "out")
+    assert "affine(" not in whole  # every BatchNorm is folded
+    assert check(tmp_path / "out", model, spec) < 1e-5
+    header = (tmp_path / "out" / "network.h").read_text()
+    for line in (f"#define CBPQ_HEIGHT {spec.height}", "#define CBPQ_CLASSES 10", "CBPQ_MEAN", "CBPQ_STD"):
+        assert line in header
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits network with constrained weights, as a cbpq file."""
+    loaded = load_model(str(ROOT / "examples" / "digits" / "resnet.safetensors"))
+    file = constrained(loaded.model, keep=("conv1.0.weight", "fc.weight"))
+    path = tmp_path_factory.mktemp("digits") / "model.safetensors"
+    write(path, replace(file, source=loaded.info.to_dict()))
+    return path
+
+
+@needs_gcc
+def test_the_digits_by_the_command(tmp_path: Path, digits: Path) -> None:
+    done = command("export", digits, "--format", "c", "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    facts = done.document()
+    assert facts["max_difference"] <= 1e-5 * facts["max_logit"]
+    assert "cc" in facts["compiler"]
+    assert facts["float_layers"] >= 1
+    assert facts["additions"] > facts["products"] > 0
+    loaded = load_model(str(digits))
+    check(tmp_path / "out", loaded.model, loaded.info.input_spec)
+    one_line(command("export", digits, "--format", "c", "-o", tmp_path / "out"), 2, "exists")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = command("export", digits, "--format", "c", "-o", tmp_path / "out", "--overwrite", "--no-check")
+    assert again.code == 0
+    assert "--no-check" in again.err
+    assert "cc -std=c99" in " ".join(again.err.split())
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before  # the same bytes twice
+
+
+# no products
+
+
+class Plain(nn.Sequential):
+    """Constrained layers only."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
+
+
+def plain(**options: Any) -> tuple[nn.Module, CbpqFile]:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    return model, constrained(model, *CONSTRAINTS, **options)
+
+
+# numbers that know no product, and no conversion to one that does
+NO_PRODUCT = """
+#include <stdint.h>
+struct number {
+    float held;
+    number(int start = 0) : held(start) {}
+    number operator+(const number &other) const { number sum; sum.held = held + other.held; return sum; }
+    number &operator+=(const number &other) { held += other.held; return *this; }
+    number &operator-=(const number &other) { held -= other.held; return *this; }
+    template <typename T> number operator*(const T &) const = delete;
+};
+typedef number value;
+typedef number total;
+typedef number weight;
+struct finishing { value *out; };
+static void finish(const finishing *how, int, const total *sums, int count, int at)
+{
+    for (int i = 0; i < count; i++)
+        how->out[at + i] = sums[i];
+}
+#define MOST_POWERS 4
+#define LONGEST_LINE 8
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+@pytest.mark.parametrize("kernel, compiles", [("constrained", True), ("ordinary", False)])
+def test_the_kernel_of_constrained_layers_needs_no_product(tmp_path: Path, kernel: str, compiles: bool) -> None:
+    source = NO_PRODUCT + text.kernel("convolution") + text.kernel(kernel)
+    (tmp_path / "kernel.cpp").write_text(source + f"void *used = (void *){kernel}_layer;\n")
+    done = subprocess.run(["g++", "-c", "kernel.cpp"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == compiles, done.stderr[:1000]
+    if not compiles:
+        assert "operator*" in done.stderr
+
+
+@needs_gcc
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="another instruction set")
+def test_the_machine_code_of_constrained_layers_multiplies_no_floats(tmp_path: Path) -> None:
+    model, file = plain(keep=("3.weight",))
+    make(model, file, TINY, tmp_path / "out")
+    flags = ["-std=c99", "-O1", "-fno-inline", "-S"]
+    listing = compiled(tmp_path / "out", *flags, sources=["network.c"], to="network.s").read_text()
+    bodies = {name: listing.split(f"\n{name}:")[1].split(".size")[0] for name in _FUNCTIONS}
+    product = re.compile(r"\b(v?mul[sp]s|vfn?m\w+|fn?mul|fn?madd|fn?msub|fmla)\b")
+    products = {name: bool(product.search(body)) for name, body in bodies.items()}
+    assert products == _FUNCTIONS
+
+
+_FUNCTIONS = {  # whether a function may multiply floats
+    "constrained_layer": False,
+    "add_line": False,
+    "next_index": False,
+    "finish": True,
+    "multiply_line": True,
+}
+
+
+# memory
+
+
+@pytest.mark.parametrize("name", ["everything", "resnet20", "mobile"])
+def test_no_value_is_overwritten_while_it_is_needed(name: str) -> None:
+    model = lived(Everything() if name == "everything" else NETWORKS[name][0]())
+    spec = TINY if name == "everything" else NETWORKS[name][1]
+    network = lower(exported_program(model, spec), model, constrained(model, keep=("factor",)))
+    for own_output in (False, True):
+        placed = plan(network, own_output=own_output)
+        owner: list[str | None] = [None] * placed.size
+        same: dict[str, str] = {}
+        for operation in network.operations:
+            for value in operation.inputs:
+                home, original = placed.home[value], same.get(value, value)
+                if home in placed.offsets:
+                    cells = owner[placed.offsets[home] : placed.offsets[home] + network.size(value)]
+                    assert set(cells) == {original}, f"{operation.where} reads what is no longer there"
+            if isinstance(operation, View):
+                same[operation.output] = same.get(operation.inputs[0], operation.inputs[0])
+                continue
+            home = placed.home[operation.output]
+            if home in placed.offsets:
+                start = placed.offsets[home]
+                owner[start : start + network.size(operation.output)] = [operation.output] * network.size(
+                    operation.output
+                )
+        values = sum(network.size(operation.output) for operation in network.operations)
+        assert placed.size < values / 2  # places are shared
+    assert {network.input} == placed.home.keys() - {operation.output for operation in network.operations}
+
+
+# what is refused
+
+
+class Of(nn.Module):
+    """A function in front of a constrained layer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.head = nn.Linear(60, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.function(images).flatten(1)[:, :60])
+        return scores
+
+
+REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "unknown": (lambda x: x.cumsum(1), "aten.cumsum at the network itself: there is no kernel"),
+    "reflection": (lambda x: functional.pad(x, (1, 1, 1, 1), mode="reflect"), "something other than zeros"),
+    "padding by ones": (lambda x: functional.pad(x, (1, 1), value=1.0), "aten.pad"),
+    "dilated pooling": (lambda x: functional.max_pool2d(x, 2, 1, dilation=2).repeat(1, 3, 1, 1), "aten."),
+    "division by values": (lambda x: 1 / x, "aten."),
+    "maximum": (lambda x: torch.maximum(x, x * 2), "aten.maximum"),
+    "apart axes": (lambda x: x.mean((1, 3)).repeat(1, 12), "aten."),
+    "normalisation of layers": (lambda x: functional.layer_norm(x, (6,)), "aten.layer_norm"),
+    "several vectors": (lambda x: functional.linear(x, torch.ones(6, 6)), "aten.linear"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_operator_without_a_kernel_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    function, message = REFUSED[name]
+    model = Of(function).eval()
+    file = constrained(model)
+    with pytest.raises(CbpqError, match=re.escape(message)) as refusal:
+        export_c(model, file, TINY, tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_place_of_an_operator_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(60, 8), nn.LayerNorm(8)), nn.Linear(8, 3)).eval()
+    with pytest.raises(CbpqError, match=r"aten\.layer_norm at 1\.1: there is no kernel"):
+        export_c(model, constrained(model), TINY, tmp_path / "out")
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.conv2d(images, self.weight - self.weight.mean((1, 2, 3), keepdim=True)).flatten(1)
+
+
+def test_weights_that_the_network_changes_are_refused(tmp_path: Path) -> None:
+    model = Standardised(2, 3, 3).eval()
+    with pytest.raises(CbpqError, match="changes the constrained weight weight, whose levels are then lost"):
+        export_c(model, constrained(model), TINY, tmp_path / "out")
+
+
+def test_levels_of_too_many_powers_are_refused(tmp_path: Path) -> None:
+    model, file = plain()
+    big = (-(2**15), 2**15)
+    codes = np.where(file.constrained["0.weight"].codes < 0, *big).astype(np.int32)
+    tensor = ConstrainedTensor(codes, np.asarray(1e-6, dtype=np.float32), big, 1, "x")
+    file.constrained["0.weight"] = tensor
+    model.get_parameter("0.weight").data.copy_(torch.from_numpy(tensor.weight()))
+    with pytest.raises(CbpqError, match=r"0\.weight has levels that are sums of more than 15 powers of two"):
+        export_c(model, file, TINY, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    model, file = plain()
+    with torch.no_grad():
+        model.get_parameter("0.bias").add_(1)
+    with pytest.raises(CbpqError, match=r"does not hold the file's 0\.bias"):
+        export_c(model, file, TINY, tmp_path / "out")
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = Of(lambda x: x * 1e38 * 1e38).eval()
+    with pytest.raises(CbpqError, match="no row of finite numbers"):
+        export_c(model, constrained(model), TINY, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# names
+
+
+class Hostile(nn.Module):
+    """Layers by names that mean something else in C."""
+
+    NAMES = ("int", "memory", "größe 2", "*/ #error", "a" * 200, "0", "??/", "cbpq_run")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            self.add_module(name, nn.Linear(60 if name == "int" else 6, 6))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.flatten(1)
+        for layer in self.children():
+            x = layer(x).relu()
+        return x
+
+
+@needs_gcc
+def test_names_of_layers_are_no_trouble(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Hostile().eval()
+    whole = make(model, constrained(model), TINY, tmp_path / "out")
+    assert whole.isascii()
+    check(tmp_path / "out", model, TINY)
+
+
+# the built-in check, and the folder
+
+
+@needs_gcc
+def test_the_check_runs_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = plain()
+    result = export_c(model, file, TINY, tmp_path / "out")
+    assert 0 <= result.facts["max_difference"] <= 1e-5 * result.facts["max_logit"]
+    assert result.notes == ()
+    monkeypatch.setattr(compiler, "_NAMES", ("no such compiler",))
+    without = export_c(model, file, TINY, tmp_path / "out")
+    assert "compiler" not in without.facts
+    assert "no C compiler was found" in without.notes[0]
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda whole: whole.replace("sums[x] -= line", "sums[x] += line"), "computes something else than torch"),
+        (lambda whole: whole + "nonsense", "does not compile the C code"),
+        (lambda whole: whole.replace("= 0;", "= *(volatile char *)0;"), "computes something else"),
+    ],
+)
+def test_what_fails_the_check_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str], message: str
+) -> None:
+    model, file = plain()
+    out = tmp_path / "out"
+    export_c(model, file, TINY, out, check=False)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    right = c.SourceWriter.write
+
+    def changed(self: c.SourceWriter, spec: InputSpec) -> Any:
+        written = right(self, spec)
+        return replace(written, text=change(written.text))
+
+    monkeypatch.setattr(c.SourceWriter, "write", changed)
+    with pytest.raises(CbpqError, match=message) as refusal:
+        export_c(model, file, TINY, out)
+    assert "\n" not in str(refusal.value)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_golden_pictures_are_torchs_own(tmp_path: Path) -> None:
+    model, file = plain()
+    make(model, file, TINY, tmp_path / "out")
+    header = (tmp_path / "out" / "golden.h").read_text()
+    rows = re.findall(r"\{\n((?: {8}.*\n)+)", header)
+    numbers = [np.array(re.findall(r"[-+.\de]+", row), dtype=np.float64) for row in rows]
+    pixels, logits = np.stack(numbers[:4]).reshape(4, 5, 6, 2), np.stack(numbers[4:])
+    images = (torch.from_numpy(pixels).float().permute(0, 3, 1, 2) / 255 - torch.tensor([0.4, 0.5])[:, None, None]) / (
+        torch.tensor([0.2, 0.3])[:, None, None]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).double(), torch.from_numpy(logits), rtol=1e-5, atol=1e-6)
+    assert len(set(pixels.ravel())) > 20
+
+
+def test_the_folder_is_replaced_only_where_it_is_an_export(tmp_path: Path) -> None:
+    model, file = plain()
+    out = tmp_path / "out.v2"
+
+    def write_it(**options: Any) -> Any:
+        return export(file, "c", out, model=model, spec=TINY, check=False, **options)
+
+    out.mkdir()
+    write_it()  # an empty folder is nothing to lose
+    first = (out / "network.c").read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        write_it()
+    (out / "network.c").write_text("old")
+    write_it(overwrite=True)
+    assert (out / "network.c").read_bytes() == first
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds notes\.txt"):
+        write_it(overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    for place, message in ((tmp_path / "a" / "b", "does not exist"), (out / "notes.txt", "cannot be the output")):
+        with pytest.raises(UsageError, match=message):
+            export(file, "c", place, model=model, spec=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.v2"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    atomic_write_folder(out, {"a": b"1", "b": b"2"})
+    with pytest.raises(CbpqError, match="cannot write"):
+        atomic_write_folder(out, {"a": b"3", "no/such": b"4"})
+    with pytest.raises(CbpqError, match="a file has this name"):
+        atomic_write_folder(out / "a", {"a": b"3"})
+    monkeypatch.setattr("os.rename", _failing_at(2))
+    with pytest.raises(CbpqError, match="cannot write"):
+        atomic_write_folder(out, {"a": b"3"})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"a": b"1", "b": b"2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _failing_at(call: int) -> Callable[[Path, Path], None]:
+    calls = itertools.count(1)
+    rename = Path.rename
+
+    def rename_or_fail(source: Path, target: Path) -> None:
+        if next(calls) == call:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    return rename_or_fail
+
+
+def test_options_belong_to_formats(tmp_path: Path) -> None:
+    model, file = plain()
+    with pytest.raises(UsageError, match="has no option 'opset'"):
+        export(file, "c", tmp_path / "out", model=model, spec=TINY, opset=21)
+    assert export(file, "state-dict", tmp_path / "x.pth", check=False).size > 0
+
+
+def test_what_only_training_uses_is_left_out_and_said(tmp_path: Path) -> None:
+    model = Of(lambda x: x).eval()
+    model.add_module("aux", nn.Linear(3, 3))
+    result = export_c(model, constrained(model), TINY, tmp_path / "out", check=False)
+    assert any("aux.weight" in note for note in result.notes)
+
+
+def test_layers_share_a_weight_by_any_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 60)).eval()
+    model[3].weight = model[1].weight
+    network = lower(exported_program(model, TINY), model, constrained(model))
+    layers = [operation for operation in network.operations if isinstance(operation, Layer)]
+    assert [layer.tensor is not None for layer in layers] == [True, True]
+
+
+def test_a_shuffle_of_channels_is_a_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ChannelShuffle(2), nn.Flatten()).eval()
+    network = lower(exported_program(model, TINY), model, constrained(model))
+    assert any(isinstance(operation, Copy) for operation in network.operations)
