@@ -42,6 +42,25 @@ def command(
             rich_help_panel=common.OUTPUT,
         ),
     ] = True,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            "--activations",
+            metavar="NAME",
+            help="For c: float (the default), or int8 for integers everywhere.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="For int8: pictures that tell how large activations become; labels, if any, measure the accuracy. "
+            "Without it, pictures are made of the network.",
+            rich_help_panel=common.DATA,
+        ),
+    ] = None,
     arch: common.Arch = None,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
@@ -65,7 +84,8 @@ def command(
 
         loaded = load(file, arch=arch)
         model, spec = loaded.model, loaded.info.input_spec
-    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, opset=opset, check=check)
+    options = {"opset": opset, "check": check, "activations": activations, "data": data}
+    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, **options)
     if json:
         common.print_json(result.to_dict())
         return

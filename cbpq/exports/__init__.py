@@ -98,7 +98,7 @@ FORMATS: Mapping[str, Format] = {
         function="cbpq.exports.c:export_c",
         files=("network.h", "network.c", "main.c", "golden.h"),
         needs_network=True,
-        options=("check",),
+        options=("check", "activations", "data"),
     ),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbpq.exports.c.functions import FUNCTIONS
-from cbpq.exports.c.operations import Affine, Binary, Layer, Mean, Network, Operation, Pool, Unary
+from cbpq.exports.c.operations import Affine, Binary, Layer, Mean, Network, Operation, Pool, Softmax, Unary
 from cbpq.exports.c.text import kernel, number
 from cbpq.inputs import InputSpec
 
@@ -53,6 +53,10 @@ class FloatArithmetic:
     def quotient(self, operation: Pool | Mean) -> tuple[str, str]:
         """The text of the kernel that makes averages of sums, and the last argument of calls."""
         return kernel("float_quotient"), "0"
+
+    def softmax(self, operation: Softmax) -> str:
+        """The text of its kernel."""
+        return kernel("float_softmax")
 
     def declarations(self) -> str:
         """The functions, with what they expect."""

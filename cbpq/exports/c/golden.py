@@ -33,11 +33,16 @@ def golden(network: nn.Module, spec: InputSpec) -> Golden:
     """
     count = max(1, min(4, _MOST_VALUES // (spec.channels * spec.height * spec.width)))
     pixels = gaussian_pictures(count, spec, 0)
-    with torch.no_grad():
-        outputs = torch.cat([logits(network(picture)) for picture in normalized(pixels, spec).split(1)])
+    outputs = says(network, pixels, spec)
     if outputs.dim() != 2 or not outputs.isfinite().all():
         raise CbpqError("the network's own logits for pictures of noise are no row of finite numbers; nothing to check")
     return Golden(pixels.permute(0, 2, 3, 1).contiguous().numpy(), outputs.numpy())
+
+
+def says(network: nn.Module, pixels: torch.Tensor, spec: InputSpec) -> torch.Tensor:
+    """The logits (N, classes) for uint8 pictures (N, C, H, W), one by one."""
+    with torch.no_grad():
+        return torch.cat([logits(network(picture)) for picture in normalized(pixels, spec).split(1)])
 
 
 def normalized(pixels: torch.Tensor, spec: InputSpec) -> torch.Tensor:

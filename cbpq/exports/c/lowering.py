@@ -99,6 +99,18 @@ def lower(program: "torch.export.ExportedProgram", network: nn.Module, file: Cbp
     return folded(_Lowering(program, network, file).network())
 
 
+def stored(program: "torch.export.ExportedProgram") -> dict[str, Tensor]:
+    """The tensors of the network's own by the names of the graph's inputs that stand for them."""
+    everything = {**program.constants, **program.state_dict}
+    return {name: everything[target].detach() for name, target in _targets(program).items()}
+
+
+def _targets(program: "torch.export.ExportedProgram") -> dict[str, str]:
+    signature = program.graph_signature
+    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {**own, **signature.inputs_to_lifted_tensor_constants}
+
+
 def place(node: fx.Node) -> str:
     """Where in the network a node of its graph comes from: a module's name, or that it is the network itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -111,6 +123,7 @@ class _Lowering:
         self._program = program
         self._file = file
         self._aliases = all_names(network)
+        self._targets, self._stored = _targets(program), stored(program)
         self._known: dict[fx.Node, Any] = {}  # a value's name, a constant, or a tuple of these
         self._operations: list[Operation] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -136,20 +149,13 @@ class _Lowering:
 
     def _constant(self, node: fx.Node) -> Any:
         """The tensor that a placeholder stands for, a constrained weight as such; None for the picture."""
-        signature = self._program.graph_signature
-        targets = {
-            **signature.inputs_to_parameters,
-            **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
-        }
-        if (name := targets.get(node.name)) is None:
+        if (name := self._targets.get(node.name)) is None:
             return None
         own = name.removeprefix(PREFIX)
         for alias in self._aliases.get(own, [own]):
             if alias in self._file.constrained:
                 return Constrained(alias, self._file.constrained[alias])
-        stored = {**self._program.constants, **self._program.state_dict}[name]
-        return stored.detach()
+        return self._stored[node.name]
 
     def _result(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:

@@ -221,7 +221,7 @@ class SourceWriter:
 
     @_add.register
     def _(self, operation: Softmax) -> None:
-        self._kernels["softmax"] = text.kernel("float_softmax")
+        self._kernels["softmax"] = self._arithmetic.softmax(operation)
         places = [self._at(operation.inputs[0]), self._at(operation.output)]
         self._call("softmax", *places, operation.outer, operation.count, operation.inner)
 
