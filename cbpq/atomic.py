@@ -44,7 +44,7 @@ def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     in it: whoever calls has made sure that it may be.
 
     The files go to a temporary folder beside it, which then takes its place. On any failure ``path`` is as before and
-    the temporary folder is gone.
+    the temporary folder is gone; only a process killed in the middle leaves one behind.
 
     Raises:
         CbpqError: the place cannot be written to, the disk is full, or ``path`` is no folder.

@@ -1,9 +1,9 @@
 """Networks for the export to C, constrained without training, and a C compiler for what becomes of them."""
 
 import itertools
+import runpy
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,12 +200,7 @@ def mobile() -> nn.Module:
 
 
 def resnet20() -> nn.Module:
-    sys.path.insert(0, str(ROOT / "examples" / "cifar10"))
-    try:
-        from resnet import resnet20 as build
-    finally:
-        sys.path.pop(0)
-    network: nn.Module = build()
+    network: nn.Module = runpy.run_path(str(ROOT / "examples" / "cifar10" / "resnet.py"))["resnet20"]()
     return network
 
 

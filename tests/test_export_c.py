@@ -36,11 +36,12 @@ from torch.nn import functional
 
 from cbpq.atomic import atomic_write_folder
 from cbpq.errors import CbpqError, UsageError
-from cbpq.exports import FORMATS, c, export
+from cbpq.exports import FORMATS, export
 from cbpq.exports.c import compiler, export_c, text
 from cbpq.exports.c.lowering import exported_program, lower
 from cbpq.exports.c.memory import plan
 from cbpq.exports.c.operations import Copy, Layer, View
+from cbpq.exports.c.source import SourceWriter, Written
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import load_model
@@ -278,6 +279,8 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "maximum": (lambda x: torch.maximum(x, x * 2), "aten.maximum"),
     "apart axes": (lambda x: x.mean((1, 3)).repeat(1, 12), "aten."),
     "normalisation of layers": (lambda x: functional.layer_norm(x, (6,)), "aten.layer_norm"),
+    "bounds that are tensors": (lambda x: torch.clamp(x, torch.zeros(6), torch.ones(6)), "aten.clamp"),
+    "another type": (lambda x: x.double().relu().float(), "it gives float64"),
     "several vectors": (lambda x: functional.linear(x, torch.ones(6, 6)), "aten.linear"),
 }
 
@@ -397,13 +400,13 @@ def test_what_fails_the_check_is_not_written(
     out = tmp_path / "out"
     export_c(model, file, TINY, out, check=False)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    right = c.SourceWriter.write
+    right = SourceWriter.write
 
-    def changed(self: c.SourceWriter, spec: InputSpec) -> Any:
+    def changed(self: SourceWriter, spec: InputSpec) -> Written:
         written = right(self, spec)
         return replace(written, text=change(written.text))
 
-    monkeypatch.setattr(c.SourceWriter, "write", changed)
+    monkeypatch.setattr(SourceWriter, "write", changed)
     with pytest.raises(CbpqError, match=message) as refusal:
         export_c(model, file, TINY, out)
     assert "\n" not in str(refusal.value)
@@ -445,6 +448,9 @@ def test_the_folder_is_replaced_only_where_it_is_an_export(tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"holds notes\.txt"):
         write_it(overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
+    for name in ("a\0b", "a" * 300):
+        with pytest.raises(CbpqError):
+            export(file, "c", tmp_path / name, model=model, spec=TINY, check=False)
     for place, message in ((tmp_path / "a" / "b", "does not exist"), (out / "notes.txt", "cannot be the output")):
         with pytest.raises(UsageError, match=message):
             export(file, "c", place, model=model, spec=TINY)

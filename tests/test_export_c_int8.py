@@ -223,9 +223,9 @@ def test_the_digits_with_data(tmp_path: Path) -> None:
     facts = done.document()
     assert facts["exact"] is True
     assert facts["calibration_pictures"] == 256
-    assert facts["calibration_agreement"] > 95
-    assert abs(facts["top1_int8"] - facts["top1_float"]) < 2
-    assert facts["agreement"] > 95
+    assert facts["calibration_agreement_percent"] > 95
+    assert abs(facts["top1_int8_percent"] - facts["top1_float_percent"]) < 2
+    assert facts["agreement_percent"] > 95
     again = command(*arguments, "-o", tmp_path / "again", "--data", data, "--no-check")
     assert again.code == 0, again.err
     first, second = (
@@ -240,7 +240,7 @@ def test_pictures_without_labels_and_none_at_all(tmp_path: Path) -> None:
     arguments = ("export", file, "--format", "c", "--activations", "int8", "--json", "--no-check")
     done = command(*arguments, "-o", tmp_path / "a", "--data", tmp_path / "images.npz")
     assert done.code == 0, done.err
-    assert "top1_int8" not in done.document()
+    assert "top1_int8_percent" not in done.document()
     assert 20 <= done.document()["calibration_pictures"] <= 30
     done = command(*arguments, "-o", tmp_path / "b")
     assert done.code == 0, done.err

@@ -601,6 +601,15 @@ def test_the_network_is_rebuilt_from_the_file_alone(tmp_path: Path) -> None:
         export(content, "onnx", tmp_path / "y.onnx")
 
 
+def test_without_the_check_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "check_logits", lambda *_: pytest.fail("it ran"))
+    model = linears("a")
+    file = constrained(model)
+    result = export(file, "onnx", tmp_path / "x.onnx", model=model, spec=TINY, check=False)
+    assert "max_difference" not in result.facts
+    check(tmp_path / "x.onnx", model, file, TINY, {"a.weight": "INT4"})
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     model = linears("a")
     with pytest.raises(CbpqError, match="cannot write"):

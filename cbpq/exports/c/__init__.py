@@ -139,12 +139,15 @@ def _integers(
 
     facts: dict[str, Any] = {
         "calibration_pictures": len(chosen.calibration),
-        "calibration_agreement": agreement(*both(chosen.calibration)),
+        "calibration_agreement_percent": agreement(*both(chosen.calibration)),
     }
     if chosen.validation is not None and chosen.labels is not None:
         floats, integers = both(chosen.validation)
-        facts |= {"validation_pictures": len(chosen.labels), "agreement": agreement(floats, integers)}
-        facts |= {"top1_float": accuracy(floats, chosen.labels), "top1_int8": accuracy(integers, chosen.labels)}
+        facts |= {"validation_pictures": len(chosen.labels), "agreement_percent": agreement(floats, integers)}
+        facts |= {
+            "top1_float_percent": accuracy(floats, chosen.labels),
+            "top1_int8_percent": accuracy(integers, chosen.labels),
+        }
     exact = scores(network, arithmetic, torch.from_numpy(expected.pixels).permute(0, 3, 1, 2))
     files = {
         "network.h": header(spec, classes, written, arithmetic),

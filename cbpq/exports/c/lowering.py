@@ -63,7 +63,17 @@ ROWS: dict[str, Row] = {
     ),
 }
 # The same values: dropout and its kin are gone in evaluation mode. A split is one view per part.
-_SAME = ("aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.dropout", "aten.lift_fresh_copy")
+_SAME = (
+    "aten.clone",
+    "aten.contiguous",
+    "aten.alias",
+    "aten.detach",
+    "aten.dropout",
+    "aten.lift_fresh_copy",
+    "aten.to",
+)
+_SAME += ("aten._to_copy",)
+_CHECKS = ("aten._assert_tensor_metadata",)
 _SPLITS = ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
 
 
@@ -118,6 +128,21 @@ def place(node: fx.Node) -> str:
     return f"{name}.".removeprefix(PREFIX).removesuffix(".") or "the network itself"
 
 
+def _check_types(node: fx.Node) -> None:
+    values = node.meta["val"]
+    for value in values if isinstance(values, list | tuple) else [values]:
+        if isinstance(value, Tensor) and value.dtype != torch.float32:
+            raise Unsupported(f"it gives {str(value.dtype).removeprefix('torch.')} and not float32")
+
+
+def _applied(row: Row, call: Call) -> Operation | None:
+    try:
+        return row(call)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # operators have more forms than the rows know, such as bounds that are tensors
+        raise Unsupported(f"this form of it has no kernel ({one_line(error)})") from error
+
+
 class _Lowering:
     def __init__(self, program: "torch.export.ExportedProgram", network: nn.Module, file: CbpqFile) -> None:
         self._program = program
@@ -162,17 +187,20 @@ class _Lowering:
             whole, index = node.args
             return self._known[whole][index]  # type: ignore[index]
         name = str(getattr(node.target, "overloadpacket", node.target))
+        if name in _CHECKS:
+            return None
         call = self._call(node, name)
         try:
             if not call.inputs:
                 return self._computed(call, node)
+            _check_types(node)
             if name in _SAME:
                 return call.inputs[0]
             if name in _SPLITS:
                 return self._parts(call, node)
             if (row := ROWS.get(name)) is None:
                 raise Unsupported("there is no kernel for it")
-            operation = row(call)
+            operation = _applied(row, call)
         except Unsupported as reason:
             raise CbpqError(
                 f"the export format c cannot translate {name} at {place(node)}: {reason}; nothing was written"
