@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from c_networks import (
     CONSTRAINTS,
     NETWORKS,
@@ -126,6 +128,31 @@ def test_networks_as_they_are_used(tmp_path: Path, name: str) -> None:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+KNOWN: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "timm mobilenetv2_035": (lambda: timm.create_model("mobilenetv2_035", num_classes=9), 32),
+    "timm mobilenetv3_small_050": (lambda: timm.create_model("mobilenetv3_small_050", num_classes=9), 32),
+    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0", num_classes=9), 32),
+    "timm regnety_002": (lambda: timm.create_model("regnety_002", num_classes=9), 64),
+    "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=9), 64),
+    "torchvision squeezenet1_1": (lambda: torchvision.models.squeezenet1_1(num_classes=9), 48),
+    "torchvision shufflenet_v2_x0_5": (lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=9), 32),
+    "torchvision densenet121": (lambda: torchvision.models.densenet121(num_classes=9), 32),
+}
+
+
+@needs_gcc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_networks(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    build, side = KNOWN[name]
+    model = lived(build())
+    names = [weight for weight, parameter in model.named_parameters() if parameter.dim() > 1]
+    file = constrained(model, keep=(names[0], names[-1]))
+    make(model, file, InputSpec(3, side, side), tmp_path / "out")
+    check(tmp_path / "out", model, InputSpec(3, side, side), sanitize=False)
 
 
 @needs_gcc

@@ -64,15 +64,9 @@ ROWS: dict[str, Row] = {
 }
 # The same values: dropout and its kin are gone in evaluation mode. A split is one view per part.
 _SAME = (
-    "aten.clone",
-    "aten.contiguous",
-    "aten.alias",
-    "aten.detach",
-    "aten.dropout",
+    *("aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.dropout", "aten.to", "aten._to_copy"),
     "aten.lift_fresh_copy",
-    "aten.to",
 )
-_SAME += ("aten._to_copy",)
 _CHECKS = ("aten._assert_tensor_metadata",)
 _SPLITS = ("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
 
