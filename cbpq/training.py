@@ -169,10 +169,10 @@ def get_ready(run: Training, names: Sequence[str]) -> None:
     """What is left to do once there is an optimizer; ``names`` are the weights that are constrained."""
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    if run.teacher is not None and run.settings.distillation_loss == "features":
+    run.done = run.settings.epochs == 0
+    if run.teacher is not None and run.settings.distillation_loss == "features" and not run.done:
         images = next(iter(run.loader.epoch(0))).images.to(run.device)
         run.features = FeaturePair(run.model, run.teacher, find_blocks(run.model, names, images))
-    run.done = run.settings.epochs == 0
 
 
 def train(run: Run) -> Iterator[Event]:
