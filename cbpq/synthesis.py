@@ -112,13 +112,13 @@ def synthesize(
             start = _noise(len(some), spec, generator)
             images = start.to(device, memory_format=torch.channels_last)
             _optimize(network, images, some.to(device), spec, choices, generator, on_step)
-            made.append(_to_bytes(images.cpu(), spec))
+            made.append(to_bytes(images.cpu(), spec))
     return torch.cat(made)
 
 
 def gaussian_pictures(count: int, spec: InputSpec, seed: int) -> Tensor:
     """Smooth noise, uint8 (count, C, H, W): each channel has the mean and deviation of ``spec``, but for clipping."""
-    return _to_bytes(_noise(count, spec, torch.Generator().manual_seed(seed)), spec)
+    return to_bytes(_noise(count, spec, torch.Generator().manual_seed(seed)), spec)
 
 
 def contact_sheet(images: Tensor, columns: int = 16, most: int = 128) -> Image.Image:
@@ -278,7 +278,8 @@ def _bounds(spec: InputSpec) -> tuple[Tensor, Tensor]:
     return (-mean / std).reshape(-1, 1, 1), ((1 - mean) / std).reshape(-1, 1, 1)
 
 
-def _to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
+def to_bytes(images: Tensor, spec: InputSpec) -> Tensor:
+    """Normalised images (N, C, H, W) as pictures again, uint8."""
     mean, std = torch.tensor(spec.mean).reshape(-1, 1, 1), torch.tensor(spec.std).reshape(-1, 1, 1)
     pixels = (images * std + mean).mul(255).round().clamp(0, 255)
     return pixels.to(torch.uint8, memory_format=torch.contiguous_format)

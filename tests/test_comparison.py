@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from scipy import stats
-from small_job import Outcome, command, contents, one_line, refused, report_of, write_arrays, write_network
+from small_job import Outcome, command, contents, one_line, refused, report_of
 
 from cbpq import plotting, standings
 from cbpq.comparison import Cell, combinations, compare_methods
@@ -21,15 +21,6 @@ FILES = {"comparison.json", "comparison.md", "comparison.png"}
 SHORT = ("--epochs", 2, "-j", 0, "--device", "cpu", "--set", "batch_size=32", "--set", "rounding=nearest")
 
 
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a network and data, the current one."""
-    write_network(tmp_path / "net.safetensors", steps=20)
-    write_arrays(tmp_path / "a.npz")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def compare(*arguments: object) -> Outcome:
     return command("compare", "net.safetensors", "--data", "a.npz", *SHORT, "-o", "out", *arguments)
 
@@ -39,19 +30,19 @@ def document(folder: Path = Path("out")) -> dict[str, Any]:
     return found
 
 
-def test_two_methods_and_two_constraints(job: Path) -> None:
+def test_two_methods_and_two_constraints(small_job: Path) -> None:
     methods = list(METHODS)[:2]
     flags = [part for method in methods for part in ("--method", method)]
     outcome = compare("-c", "binary", "-c", "ternary", *flags, "--seeds", 2)
     assert outcome.code == 0, outcome.err
     cells = [(c, m, s) for s in (0, 1) for c in ("binary", "ternary") for m in methods]
-    assert {path.name for path in (job / "out" / "runs").iterdir()} == {f"{m}-{c}-{s}" for c, m, s in cells}
-    assert {path.name for path in (job / "out").iterdir()} == {*FILES, "runs"}
+    assert {path.name for path in (small_job / "out" / "runs").iterdir()} == {f"{m}-{c}-{s}" for c, m, s in cells}
+    assert {path.name for path in (small_job / "out").iterdir()} == {*FILES, "runs"}
     found = document()
     assert [(row["constraint"], row["method"]) for row in found["rows"]] == [(c, m) for c, m, s in cells if s == 0]
     assert len(found["runs"]) == len(cells)
     for run in found["runs"]:
-        report = report_of(job / "out" / "runs" / f"{run['method']}-{run['constraint']}-{run['seed']}")
+        report = report_of(small_job / "out" / "runs" / f"{run['method']}-{run['constraint']}-{run['seed']}")
         assert run["score"] == report["quantized"]["top1"]
         assert run["agreement"] == report["comparison"]["agreement"]
         assert report["settings"]["seed"]["value"] == run["seed"]
@@ -69,18 +60,18 @@ def test_two_methods_and_two_constraints(job: Path) -> None:
         assert row["deviation"] == pytest.approx(statistics.stdev(scores))
         shown = f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %"
         assert shown in " ".join(outcome.out.split())
-        assert shown in (job / "out" / "comparison.md").read_text()
+        assert shown in (small_job / "out" / "comparison.md").read_text()
     # the same start and the same measure for all
-    originals = {report_of(path)["original"]["top1"] for path in (job / "out" / "runs").iterdir()}
+    originals = {report_of(path)["original"]["top1"] for path in (small_job / "out" / "runs").iterdir()}
     assert originals == {found["original"]}
-    with Image.open(job / "out" / "comparison.png") as image:
+    with Image.open(small_job / "out" / "comparison.png") as image:
         assert image.width > 600
 
 
-def test_an_interrupted_comparison_goes_on_where_it_was(job: Path) -> None:
+def test_an_interrupted_comparison_goes_on_where_it_was(small_job: Path) -> None:
     whole: dict[str, Any] = {"constraints": ["binary", "ternary"], "methods": ["cbp"], "seeds": 1, "device": "cpu"}
     whole |= {"settings": [("here", {"epochs": 2, "batch_size": 32, "rounding": "nearest"})]}
-    compare_methods("net.safetensors", "a.npz", job / "whole", **whole)
+    compare_methods("net.safetensors", "a.npz", small_job / "whole", **whole)
     asked: list[int] = []
 
     def stop() -> bool:
@@ -88,20 +79,20 @@ def test_an_interrupted_comparison_goes_on_where_it_was(job: Path) -> None:
         return len(asked) == stop_at
 
     events: list[Any] = []
-    compare_methods("net.safetensors", "a.npz", job / "count", **whole, should_stop=stop_never(asked))
+    compare_methods("net.safetensors", "a.npz", small_job / "count", **whole, should_stop=stop_never(asked))
     stop_at, total = len(asked) * 3 // 4, len(asked)
     assert total > 10
     asked.clear()
     with pytest.raises(Interrupted):
-        compare_methods("net.safetensors", "a.npz", job / "out", **whole, should_stop=stop)
+        compare_methods("net.safetensors", "a.npz", small_job / "out", **whole, should_stop=stop)
     assert len(document()["runs"]) == 1  # what is finished is told
-    first = contents(job / "out" / "runs" / "cbp-binary-0")
+    first = contents(small_job / "out" / "runs" / "cbp-binary-0")
     with pytest.raises(UsageError, match="already holds 2 of the 2 runs; use --resume"):
-        compare_methods("net.safetensors", "a.npz", job / "out", **whole)
-    compare_methods("net.safetensors", "a.npz", job / "out", **whole, resume=True, listener=events.append)
-    assert contents(job / "out" / "runs" / "cbp-binary-0") == first  # not run again
+        compare_methods("net.safetensors", "a.npz", small_job / "out", **whole)
+    compare_methods("net.safetensors", "a.npz", small_job / "out", **whole, resume=True, listener=events.append)
+    assert contents(small_job / "out" / "runs" / "cbp-binary-0") == first  # not run again
     for cell in ("cbp-binary-0", "cbp-ternary-0"):
-        models = [(job / name / "runs" / cell / "model.safetensors").read_bytes() for name in ("whole", "out")]
+        models = [(small_job / name / "runs" / cell / "model.safetensors").read_bytes() for name in ("whole", "out")]
         assert models[0] == models[1]
 
 
@@ -113,7 +104,7 @@ def stop_never(asked: list[int]) -> Any:
     return ask
 
 
-def test_finished_runs_with_other_settings_are_not_mixed_in(job: Path) -> None:
+def test_finished_runs_with_other_settings_are_not_mixed_in(small_job: Path) -> None:
     assert compare("--method", "cbp", "--seeds", 1).code == 0
     refused(compare("--method", "cbp", "--seeds", 1, "--resume", "--set", "temperature=3"), 2, "differs in temperature")
     assert compare("--method", "cbp", "--seeds", 1, "--overwrite", "--set", "temperature=3").code == 0
@@ -122,12 +113,12 @@ def test_finished_runs_with_other_settings_are_not_mixed_in(job: Path) -> None:
     assert document()["rows"][0]["deviation"] is not None
 
 
-def test_against_an_earlier_one(job: Path) -> None:
+def test_against_an_earlier_one(small_job: Path) -> None:
     assert compare("--method", "cbp", "--seeds", 2, "-c", "binary").code == 0
     earlier = document()
     for row in earlier["rows"]:
         row["scores"] = [1.0, 1.1]
-    (job / "earlier.json").write_text(json.dumps(earlier))
+    (small_job / "earlier.json").write_text(json.dumps(earlier))
     outcome = compare("--method", "cbp", "--seeds", 2, "-c", "binary", "--resume", "--against", "earlier.json")
     assert outcome.code == 0, outcome.err
     row = document()["rows"][0]
@@ -137,17 +128,17 @@ def test_against_an_earlier_one(job: Path) -> None:
     assert f"{row['change']:+.2f}{mark}" in outcome.out
 
 
-def test_pictures_without_labels_are_compared_by_agreement(job: Path) -> None:
+def test_pictures_without_labels_are_compared_by_agreement(small_job: Path) -> None:
     import numpy as np
 
-    np.savez(job / "a.npz", images=np.load(job / "a.npz")["train_images"])
+    np.savez(small_job / "a.npz", images=np.load(small_job / "a.npz")["train_images"])
     assert compare("--method", "cbp", "--seeds", 1).code == 0
     found = document()
     assert (found["measure"], found["original"]) == ("agreement", 100.0)
     assert found["runs"][0]["score"] == found["runs"][0]["agreement"]
 
 
-def test_without_matplotlib_there_is_no_plot(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_is_no_plot(small_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object) -> None:
         raise MissingPartError("the plot needs matplotlib: pip install 'cbpq[compare]'")
 
@@ -155,7 +146,7 @@ def test_without_matplotlib_there_is_no_plot(job: Path, monkeypatch: pytest.Monk
     outcome = compare("--method", "cbp", "--seeds", 1, "--set", "evaluate_every=0")
     assert outcome.code == 0
     assert "warning: the plot needs matplotlib" in outcome.err
-    assert {path.name for path in (job / "out").iterdir()} == {"comparison.json", "comparison.md", "runs"}
+    assert {path.name for path in (small_job / "out").iterdir()} == {"comparison.json", "comparison.md", "runs"}
 
 
 def test_seeds_come_one_after_the_other() -> None:
@@ -191,15 +182,15 @@ def test_by_default_each_method_that_can_have_the_constraint() -> None:
         combinations(["binary", "ternary"], ["cbp", "adaste"], 1)
 
 
-def test_refusals_come_before_any_work(job: Path) -> None:
+def test_refusals_come_before_any_work(small_job: Path) -> None:
     one_line(compare("--method", "cbpp"), 2, "unknown method")
     one_line(compare("--against", "none.json"), 2, "cannot read none.json")
-    (job / "broken.json").write_text("[]")
+    (small_job / "broken.json").write_text("[]")
     one_line(compare("--against", "broken.json"), 2, "no comparison.json")
     one_line(compare("--resume", "--overwrite"), 2, "contradict each other")
-    (job / "out").write_text("")
+    (small_job / "out").write_text("")
     one_line(compare(), 2, "is a file")
-    assert set(contents(job)) == {"net.safetensors", "a.npz", "broken.json", "out"}
+    assert set(contents(small_job)) == {"net.safetensors", "a.npz", "broken.json", "out"}
 
 
 def test_welch() -> None:
@@ -210,11 +201,11 @@ def test_welch() -> None:
     assert welch((90.0, 90.0), (91.0, 91.0)) == 0
 
 
-def test_earlier_comparisons_are_read(job: Path) -> None:
-    (job / "good.json").write_text(
+def test_earlier_comparisons_are_read(small_job: Path) -> None:
+    (small_job / "good.json").write_text(
         json.dumps({"rows": [{"constraint": "binary", "method": "cbp", "scores": [90, 91]}]})
     )
-    assert read_comparison(job / "good.json")["rows"]
+    assert read_comparison(small_job / "good.json")["rows"]
     for text in (
         "",
         "{}",
@@ -222,15 +213,15 @@ def test_earlier_comparisons_are_read(job: Path) -> None:
         '{"rows": [{}]}',
         '{"rows": [{"constraint": 1, "method": 2, "scores": ["x"]}]}',
     ):
-        (job / "bad.json").write_text(text)
+        (small_job / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=r"no comparison\.json"):
-            read_comparison(job / "bad.json")
+            read_comparison(small_job / "bad.json")
 
 
-def test_the_plot_takes_runs_of_unequal_length(job: Path) -> None:
+def test_the_plot_takes_runs_of_unequal_length(small_job: Path) -> None:
     run = standings.Outcome("cbp", "binary", 0, 90.0, 91.0, ((1.0, 80.0), (2.0, 90.0)), 0.1, None, 1000)
     longer = standings.Outcome("cbp", "binary", 1, 92.0, 91.0, ((1.0, 85.0), (3.0, 92.0)), 0.1, None, 1000)
     made = standings.Comparison("", {}, {}, {"epochs": 3}, "top-1", None, (run, longer), {})
-    plotting.plot(made, job / "plot.png")
+    plotting.plot(made, small_job / "plot.png")
     assert plotting._curve([run, longer]) == [(1.0, [80.0, 85.0]), (2.0, [90.0]), (3.0, [92.0])]
-    assert (job / "plot.png").stat().st_size > 1000
+    assert (small_job / "plot.png").stat().st_size > 1000

@@ -35,7 +35,6 @@ from cbpq.errors import CbpqError, UsageError
 from cbpq.exports import export
 from cbpq.exports.c import export_c
 from cbpq.exports.c.calibration import ranges
-from cbpq.exports.c.golden import normalized
 from cbpq.exports.c.integers import Int8Arithmetic, away, factor
 from cbpq.exports.c.lowering import exported_program, lower
 from cbpq.exports.c.operations import Layer, Network, Unary, View
@@ -43,6 +42,7 @@ from cbpq.exports.c.reference import rounded, scores
 from cbpq.exports.c.source import SourceWriter
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
+from cbpq.transforms import Normalize
 
 
 def noise(spec: InputSpec, count: int) -> Tensor:
@@ -87,7 +87,7 @@ def check(
         done = subprocess.run([compiled(out, *flags)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     with torch.no_grad():
-        floats = torch.cat([model(picture) for picture in normalized(pixels, spec).split(1)])
+        floats = torch.cat([model(picture) for picture in Normalize(spec)(pixels).split(1)])
     return float((exact * arithmetic.score_scale - floats).abs().max() / floats.abs().max())
 
 

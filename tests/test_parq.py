@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_job import ROOT, write_arrays, write_network
+from small_job import ROOT
 
 from cbpq.standings import read_comparison
 
@@ -16,15 +16,6 @@ SCRIPT = runpy.run_path(str(ROOT / "examples" / "cifar10" / "parq.py"))
 # looked for, not imported: what importing it has to say is for the script to keep quiet
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 LEVELS = {"binary": 2, "ternary": 3, "four-levels": 4}
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a network and data, the current one."""
-    write_network(tmp_path / "net.safetensors", steps=20)
-    write_arrays(tmp_path / "a.npz")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def parq(*arguments: object) -> int:
@@ -46,7 +37,7 @@ def document(name: str) -> Any:
 
 
 @needs_torchao
-def test_runs_are_made_once(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_made_once(small_job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parq("--constraint", *LEVELS, "--seeds", 1, "--set", "batch_size=32") == 0
     shown = capsys.readouterr()
     assert [line.split(":")[0] for line in shown.err.splitlines()] == [f"parq-{name}-0" for name in LEVELS]
@@ -56,13 +47,13 @@ def test_runs_are_made_once(job: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert run["parq"]["levels"] == count
         assert run["training"]["steps"] == 3
         assert run["versions"].keys() >= {"cbpq", "torch", "torchao"}
-    summary = read_comparison(job / "out" / "parq.json")
+    summary = read_comparison(small_job / "out" / "parq.json")
     rows = [(row["method"], row["constraint"], len(row["scores"])) for row in summary["rows"]]
     assert rows == [("parq", title, 1) for title in ("binary", "ternary", "four levels (2 bit)")]
     assert (summary["budget"]["epochs"], summary["settings"]["batch_size"]) == (1, 32)
 
     # what is there is kept, and what is not is made
-    before = {path: path.read_bytes() for path in (job / "out").glob("parq-*.json")}
+    before = {path: path.read_bytes() for path in (small_job / "out").glob("parq-*.json")}
     assert parq("--constraint", "binary", "--seeds", 2, "--set", "batch_size=32") == 0
     assert capsys.readouterr().err.startswith("parq-binary-1: epoch 1 of 1, loss ")
     assert {path: path.read_bytes() for path in before} == before
@@ -72,7 +63,7 @@ def test_runs_are_made_once(job: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @needs_torchao
-def test_a_weight_that_is_not_on_its_levels_is_told(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_weight_that_is_not_on_its_levels_is_told(small_job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # the one step there is comes before the end of the annealing
     settings = ("batch_size=96", "distillation_loss=features")
     assert parq("--constraint", "ternary", "--seeds", 1, "--start", "compensated", "--set", *settings) == 0

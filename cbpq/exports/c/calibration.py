@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from cbpq.data import EvalLoader, load_data
-from cbpq.exports.c.golden import normalized
 from cbpq.exports.c.lowering import stored
 from cbpq.inputs import InputSpec
 from cbpq.pictures import NO_LABEL
-from cbpq.synthesis import SynthesisChoices, remembering, synthesize
+from cbpq.synthesis import SynthesisChoices, remembering, synthesize, to_bytes
+from cbpq.transforms import Normalize
 
 PICTURES = 256  # to calibrate with
 _SYNTHESISED = 64
@@ -49,12 +49,10 @@ def pictures(data: str | None, network: nn.Module, spec: InputSpec, classes: int
 
 def _read(loader: EvalLoader, spec: InputSpec, most: int) -> tuple[Tensor, Tensor]:
     """At most so many pictures of a loader, spread over all of it."""
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
     every = max(1, -(-loader.images // most))
     parts, labels = list[Tensor](), list[Tensor]()
     for batch in loader:
-        pixels = ((batch.images[::every] * std + mean) * 255).round().clamp(0, 255)
-        parts.append(pixels.to(torch.uint8, memory_format=torch.contiguous_format))
+        parts.append(to_bytes(batch.images[::every], spec))
         labels.append(batch.labels[::every])
     return torch.cat(parts)[:most], torch.cat(labels)[:most]
 
@@ -83,7 +81,7 @@ def ranges(program: "torch.export.ExportedProgram", pixels: Tensor, spec: InputS
     known, interpreter = stored(program), _Ranges(program)
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
-        for picture in normalized(pixels, spec).split(1):
+        for picture in Normalize(spec)(pixels).split(1):
             interpreter.run(*(known.get(name, picture) for name in names))
     return interpreter.found
 

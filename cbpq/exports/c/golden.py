@@ -12,6 +12,7 @@ from cbpq.exports.c import text
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
 from cbpq.synthesis import gaussian_pictures
+from cbpq.transforms import Normalize
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 _MOST_VALUES = 2**18  # of all pictures together, so that the text stays small
@@ -42,13 +43,7 @@ def golden(network: nn.Module, spec: InputSpec) -> Golden:
 def says(network: nn.Module, pixels: torch.Tensor, spec: InputSpec) -> torch.Tensor:
     """The logits (N, classes) for uint8 pictures (N, C, H, W), one by one."""
     with torch.no_grad():
-        return torch.cat([logits(network(picture)) for picture in normalized(pixels, spec).split(1)])
-
-
-def normalized(pixels: torch.Tensor, spec: InputSpec) -> torch.Tensor:
-    """uint8 (N, C, H, W) as the network wants it: float32, (pixel / 255 − mean) / std."""
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
-    return (pixels.float() / 255 - mean) / std
+        return torch.cat([logits(network(picture)) for picture in Normalize(spec)(pixels).split(1)])
 
 
 def golden_header(pixels: NDArray[np.uint8], expected: NDArray[np.generic], name: str, tolerance: float | None) -> str:
