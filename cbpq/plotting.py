@@ -18,6 +18,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingPartError("the plot needs matplotlib: pip install 'cbpq[compare]'") from error
     groups = comparison.groups()
@@ -25,12 +26,12 @@ def plot(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(constraints), 3.8), layout="constrained")
     panels = figure.subplots(1, len(constraints), squeeze=False)[0]
     for panel, name in zip(panels, constraints, strict=True):
-        for (constraint, method), runs in groups:
-            if constraint != name:
-                continue
-            points = _curve(runs)
+        curves = [(method, _curve(runs)) for (constraint, method), runs in groups if constraint == name]
+        last = max((epoch for _, points in curves for epoch, _ in points), default=1)
+        for number, (method, points) in enumerate(curves):
+            beside = (number - (len(curves) - 1) / 2) * last / 60  # else error bars would cover each other
             panel.errorbar(
-                [epoch for epoch, _ in points],
+                [epoch + beside for epoch, _ in points],
                 [mean(scores) for _, scores in points],
                 yerr=[stdev(scores) if len(scores) > 1 else 0.0 for _, scores in points],
                 marker="o",
@@ -41,7 +42,8 @@ def plot(comparison: Comparison, path: Path) -> None:
             )
         if comparison.original is not None:
             panel.axhline(comparison.original, color="gray", linewidth=0.8, linestyle=":", label="original")
-        panel.set(title=name, xlabel="epochs", ylabel=f"{comparison.measure} in %")
+        panel.set(title=name, xlabel="epochs", ylabel=f"{comparison.measure} in %", xlim=(0, last * 1.08))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     with writing(path):
