@@ -84,10 +84,15 @@ class ConstrainedTensor:
 
     def weight(self) -> NDArray[np.float32]:
         """The constrained weight, code · (scale / denominator) in float32, in the shape of ``codes``."""
-        step = self.scale / np.float32(self.denominator)
+        step = self.step
         if self.scale.ndim:
             step = step.reshape(-1, *[1] * (self.codes.ndim - 1))
         return np.asarray(self.codes.astype(np.float32) * step)
+
+    @property
+    def step(self) -> NDArray[np.float32]:
+        """What 1 is worth in the codes, of shape () or (C,)."""
+        return np.asarray(self.scale / np.float32(self.denominator))
 
     @property
     def bits(self) -> int:
@@ -103,6 +108,11 @@ class ConstrainedTensor:
     def histogram(self) -> tuple[int, ...]:
         """How many weights have each level, in the order of ``levels``."""
         return tuple(int(np.count_nonzero(self.codes == level)) for level in self.levels)
+
+    @property
+    def terms(self) -> int:
+        """How many powers of two the codes are sums of, all weights together: none for 0, one for −4, two for 3."""
+        return sum(abs(level).bit_count() * count for level, count in zip(self.levels, self.histogram, strict=True))
 
     @property
     def sparsity(self) -> float:

@@ -20,9 +20,15 @@ _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilat
 
 @dataclass(frozen=True)
 class Use:
-    """One multiplication of ``input`` with a weight; ``geometry`` is None for a linear map."""
+    """One multiplication of ``input`` with a weight; ``geometry`` is None for a linear map.
+
+    ``multiply(weight, bias)`` does it again with any weight of that shape, just as the network does; ``bias`` is what
+    the network adds.
+    """
 
     input: Tensor
+    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    bias: Tensor | None
     geometry: "Geometry | None" = None
 
     def columns(self, positions: Tensor | None = None) -> Tensor:
@@ -92,11 +98,11 @@ class _Watcher(TorchFunctionMode):
         if func in _CONVOLUTIONS:
             given = dict(zip(_CONVOLUTION_ARGUMENTS, args, strict=False)) | kwargs
             if name := self._weights.get(id(given["weight"])):
-                self._found(name, _convolution_use(given, _CONVOLUTIONS[func]))
+                self._found(name, _convolution_use(func, given))
         elif func is functional.linear:
-            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             if name := self._weights.get(id(given["weight"])):
-                self._found(name, Use(torch.atleast_2d(given["input"].detach())))
+                self._found(name, _linear_use(torch.atleast_2d(given["input"].detach()), given.get("bias")))
         elif func is functional.multi_head_attention_forward:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -106,13 +112,13 @@ class _Watcher(TorchFunctionMode):
         names = ("embed", "heads", "in", "in_bias", "bias_k", "bias_v", "zero", "dropout", "weight", "bias")
         given = dict(zip(names, args, strict=False))
         if query is key and key is value and (name := self._weights.get(id(given["in"]))):
-            self._found(name, Use(_batch_first(query)))
+            self._found(name, _linear_use(_batch_first(query), given["in_bias"]))
         attend: Any = functional.multi_head_attention_forward
         mixed, attention = attend(
             query, key, value, *args[:8], torch.eye(len(given["weight"])).to(query), None, *args[10:], **kwargs
         )
         if name := self._weights.get(id(given["weight"])):
-            self._found(name, Use(_batch_first(mixed)))
+            self._found(name, _linear_use(_batch_first(mixed), given["bias"]))
         return functional.linear(mixed, given["weight"], given["bias"]), attention
 
 
@@ -121,7 +127,13 @@ def _batch_first(tokens: Tensor) -> Tensor:
     return tokens.detach().transpose(0, 1) if tokens.dim() == 3 else tokens.detach().unsqueeze(0)
 
 
-def _convolution_use(given: Mapping[str, Any], axes: int) -> Use:
+def _linear_use(input: Tensor, bias: Tensor | None) -> Use:
+    return Use(input, lambda weight, bias: functional.linear(input, weight, bias), bias)
+
+
+def _convolution_use(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Use:
+    axes = _CONVOLUTIONS[function]
+
     def each(name: str, default: int) -> tuple[int, ...]:
         value = given.get(name, default)
         return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))
@@ -136,7 +148,12 @@ def _convolution_use(given: Mapping[str, Any], axes: int) -> Use:
     input = given["input"].detach()
     if input.dim() == axes + 1:
         input = input.unsqueeze(0)
-    return Use(input, Geometry(kernel, each("stride", 1), pairs, dilation, given.get("groups", 1)))
+    geometry = Geometry(kernel, each("stride", 1), pairs, dilation, given.get("groups", 1))
+
+    def multiply(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return function(**{**given, "input": input, "weight": weight, "bias": bias})
+
+    return Use(input, multiply, given.get("bias"), geometry)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """``cbpq export``: a cbpq file in a format other tools read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -10,15 +10,18 @@ from cbpq import sections
 from cbpq.cli import common
 from cbpq.errors import UsageError
 
+if TYPE_CHECKING:
+    from cbpq.exports import Exported
+
 
 def command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A cbpq file, such as out/model.safetensors.")],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "-o", metavar="OUT", help="File to write, or folder for c.", rich_help_panel=common.OUTPUT
         ),
-    ],
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option(
@@ -35,13 +38,14 @@ def command(
         ),
     ] = None,
     check: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Run the result in what it is meant for (onnxruntime, a C compiler) before it is written.",
+            help="Run the result in what it is meant for (onnxruntime, a C compiler) before it is written; done unless "
+            "refused.",
             rich_help_panel=common.OUTPUT,
         ),
-    ] = True,
+    ] = None,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -56,9 +60,19 @@ def command(
         typer.Option(
             "--data",
             metavar="PATH",
-            help="For int8: pictures that tell how large activations become; labels, if any, measure the accuracy. "
-            "Without it, pictures are made of the network.",
+            help="For int8 and the hardware report: pictures that tell how large activations become; with int8, labels "
+            "measure the accuracy. Without it, pictures are made of the network.",
             rich_help_panel=common.DATA,
+        ),
+    ] = None,
+    hardware_report: Annotated[
+        Path | None,
+        typer.Option(
+            "--hardware-report",
+            metavar="FOLDER",
+            help="Also, or instead of OUT, write what hardware has to do: operations, bits, ranges, energy, and golden "
+            "vectors.",
+            rich_help_panel=common.OUTPUT,
         ),
     ] = None,
     arch: common.Arch = None,
@@ -72,23 +86,66 @@ def command(
       cbpq export out/model.safetensors -o resnet18.pth
       cbpq export out/model.safetensors --format onnx -o resnet18.onnx
       cbpq export out/model.safetensors --format c -o resnet18_c
+      cbpq export out/model.safetensors --hardware-report resnet18_hardware --data imagenet/
     """
-    from cbpq.exports import FORMATS, export
+    from cbpq.exports import FORMATS, check_request, export
 
-    chosen = format or format_of(output)
+    options = {"format": format, "opset": opset, "check": check, "activations": activations}
+    wanted = _wanted(output, hardware_report, options, data)
+    for name, (out, given) in wanted.items():
+        check_request(name, out, overwrite=overwrite, **given)
     model = spec = None
     if arch is not None:
-        if chosen in FORMATS and not FORMATS[chosen].needs_network:
-            raise UsageError(f"--arch makes no sense with --format {chosen}, which needs no network; leave it out")
+        if not any(FORMATS[name].needs_network for name in wanted):
+            raise UsageError(f"--arch makes no sense with --format {min(wanted)}, which needs no network; leave it out")
         from cbpq.model_file import load
 
         loaded = load(file, arch=arch)
         model, spec = loaded.model, loaded.info.input_spec
-    options = {"opset": opset, "check": check, "activations": activations, "data": data}
-    result = export(file, chosen, output, model=model, spec=spec, overwrite=overwrite, **options)
+    results = []
+    for name, (out, given) in wanted.items():
+        with common.stderr().status(Text(sections.printable(f"{name}: {out}"))):
+            results.append(export(file, name, out, model=model, spec=spec, overwrite=overwrite, **given))
     if json:
-        common.print_json(result.to_dict())
+        documents = [result.to_dict() for result in results]
+        both = {**documents[-1], "hardware_report": documents[0]}
+        common.print_json(both if len(documents) > 1 else documents[0])
         return
+    for result in results:
+        _show(result)
+
+
+def _wanted(
+    output: Path | None, report: Path | None, options: dict[str, Any], data: str | None
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """By format: where to, and its options. The report comes first, since it is the one that data can keep from being.
+
+    Raises:
+        UsageError: neither is wanted, or one is in the other's place.
+    """
+    wanted: dict[str, tuple[Path, dict[str, Any]]] = {}
+    if output is None and report is None:
+        raise UsageError("nothing to write: name a file with --output, or a folder with --hardware-report")
+    if report is not None:
+        wanted["hardware-report"] = report, {"data": data}
+    if output is None:
+        if unused := [name for name, value in options.items() if value is not None]:
+            raise UsageError(f"--{unused[0]} is about what --output names, and there is none; add it, or leave it out")
+        return wanted
+    chosen = options.pop("format") or format_of(output)
+    if report is not None:
+        places = output.absolute(), report.absolute()
+        if any(one == other or one in other.parents for one, other in (places, places[::-1])):
+            raise UsageError(f"--output {output} and --hardware-report {report} are in each other's place")
+        if chosen in wanted:
+            raise UsageError(f"--format {chosen} and --hardware-report are the same; give one of them")
+    # beside a report, pictures need not be for the format
+    calibrates = report is None or options["activations"] == "int8"
+    wanted[chosen] = output, {**options, "data": data if calibrates else None}
+    return wanted
+
+
+def _show(result: "Exported") -> None:
     console = common.stdout()
     whole = sections.size(result.float32_size)
     line = f"{result.path}: {result.format}, {sections.size(result.size)} (the network in FP32: {whole})"

@@ -100,6 +100,13 @@ FORMATS: Mapping[str, Format] = {
         needs_network=True,
         options=("check", "activations", "data"),
     ),
+    "hardware-report": Format(
+        summary="a folder of what hardware has to do: operations, bits, ranges, energy, and golden vectors",
+        function="cbpq.exports.hardware:hardware_report",
+        files=("hardware.json", "hardware.md", "histogram.png", "golden.npz"),
+        needs_network=True,
+        options=("data",),
+    ),
 }
 
 
@@ -129,20 +136,8 @@ def export(
         MissingPartError: the format's optional packages are not installed.
         CbpqError: ``source`` cannot be read or rebuilt, or the result did not pass its check; nothing was written.
     """
-    target = FORMATS.get(format)
-    if target is None:
-        known = ", ".join(FORMATS)
-        raise UsageError(f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there are {known}")
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
-        if name not in target.options:
-            takes = ", ".join(target.options) or "none"
-            raise UsageError(f"the export format {format} has no option {name!r}; it has {takes}")
     out = Path(out)
-    _check_out(out, format, target, overwrite)
-    for module in target.modules:
-        require_extra(module, target.extra)
-
+    target, given = check_request(format, out, overwrite=overwrite, **options)
     file = source if isinstance(source, CbpqFile) else fileformat.read(Path(source))
     module_name, _, name = target.function.partition(":")
     function = getattr(importlib.import_module(module_name), name)
@@ -153,6 +148,28 @@ def export(
     else:
         result = function(file, out, **given)
     return result
+
+
+def check_request(format: str, out: Path, *, overwrite: bool = False, **options: Any) -> tuple[Format, dict[str, Any]]:
+    """What can be said of an `export` before anything is read: its row in the table, and the options that are set.
+
+    Raises:
+        UsageError: an unknown format or option, an extension that does not fit, an ``out`` that cannot be or exists.
+        MissingPartError: the format's optional packages are not installed.
+    """
+    target = FORMATS.get(format)
+    if target is None:
+        known = ", ".join(FORMATS)
+        raise UsageError(f"unknown export format {format!r}{did_you_mean(format, FORMATS)}; there are {known}")
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in target.options:
+            takes = ", ".join(target.options) or "none"
+            raise UsageError(f"the export format {format} has no option {name!r}; it has {takes}")
+    _check_out(out, format, target, overwrite)
+    for module in target.modules:
+        require_extra(module, target.extra)
+    return target, given
 
 
 def float32_size(file: CbpqFile) -> int:

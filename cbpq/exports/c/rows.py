@@ -17,8 +17,7 @@ def _layer(call: Call, geometry: Geometry, weight: Any) -> Layer:
     if isinstance(weight, Constrained):
         tensor, name = weight.tensor, weight.name
         codes: Any = tensor.codes
-        step = tensor.scale / np.float32(tensor.denominator)  # rounded as the file says
-        scale = np.broadcast_to(step, channels).astype(np.float64)
+        scale = np.broadcast_to(tensor.step, channels).astype(np.float64)
     else:
         tensor, name = None, call.where.partition(" ")[0]
         codes = call.constant("weight")

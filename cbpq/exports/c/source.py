@@ -152,8 +152,7 @@ class SourceWriter:
         else:
             self._kernels["constrained"] = text.kernel("constrained")
             weights = f"&{self._constrained(operation, name)}"
-            digits = np.unpackbits(np.abs(operation.weight).astype(">u2").reshape(-1, 1).view(np.uint8), axis=1)
-            self._additions += int(digits.sum()) * pixels
+            self._additions += operation.tensor.terms * pixels
             kernel = "constrained_layer"
         self._call(kernel, self._at(operation.inputs[0]), f"&{name}_shape", weights, self._finishing(operation, name))
 
