@@ -103,7 +103,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ran.append(words[1])
             if words[1] == "quantize":  # the exact command is in the report
                 assert shlex.join(words) in (tmp_path / "resnet-two-bit-shift" / "report.md").read_text()
-    assert ran == ["quantize", "inspect", "evaluate", "export", "export", "export"]
+    assert ran == ["quantize", "inspect", "evaluate", "export", "export", "export", "export"]
     plain, original = load_file(EXAMPLES / "digits" / "resnet.safetensors"), torch.load("resnet.pth", weights_only=True)
     assert {name: tensor.shape for name, tensor in plain.items()} == {n: t.shape for n, t in original.items()}
 

@@ -1,5 +1,6 @@
 """``cbpq export``: a cbpq file in a format other tools read."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +135,7 @@ def _wanted(
         return wanted
     chosen = options.pop("format") or format_of(output)
     if report is not None:
-        places = output.absolute(), report.absolute()
+        places = Path(os.path.abspath(output)), Path(os.path.abspath(report))
         if any(one == other or one in other.parents for one, other in (places, places[::-1])):
             raise UsageError(f"--output {output} and --hardware-report {report} are in each other's place")
         if chosen in wanted:

@@ -1,4 +1,4 @@
-"""What a hardware engineer needs beside the weights, as a folder of four files.
+"""What hardware engineers need beside the weights, as a folder of four files.
 
 - ``hardware.json``: per layer and in total. ``work.Work`` (MACs, additions, shifts, zero weights), ``ranges.Ranges``
   (how large inputs are), ``widths.accumulator_bits``, ``scales.PowerScale`` (powers of two instead of scales, and what

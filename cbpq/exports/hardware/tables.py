@@ -89,8 +89,8 @@ def _widths(report: HardwareReport) -> Section:
         f"Inputs are those seen on {sections.count(report.pictures)} pictures. Integer bits: before the binary point, "
         "sign apart.",
         f"Accumulator bits: two's complement, enough for any {INPUT_BITS}-bit signed inputs in any order, sign "
-        f"included, before scale and bias. Seen: what the finished sums took on these pictures, had inputs of "
-        f"{INPUT_BITS} bits been scaled to the largest.",
+        "included, before scale and bias; one more is enough for unsigned inputs. Seen: what the finished sums took on "
+        f"these pictures, had inputs of {INPUT_BITS} bits been scaled to the largest.",
     )
     return Section("Bits", ("layer", *numeric), rows, frozenset(numeric), _LAYER, notes)
 

@@ -18,7 +18,8 @@ def accumulator_bits(tensor: ConstrainedTensor, input_bits: int = INPUT_BITS) ->
     """The bits that no sum of codes times inputs can exceed, whatever the inputs and in whatever order it is formed.
 
     The inputs are two's complement integers of ``input_bits``; of all output channels the widest counts. It is the
-    least such number: some inputs need it.
+    least such number: some inputs need it. For unsigned inputs of as many bits, one bit more is enough: with P and N
+    the sums of the positive codes and of the negative ones' magnitudes, 255 P < 2 (128 P + 127 N), and so for N.
     """
     codes = tensor.codes.reshape(len(tensor.codes), -1).astype(np.int64)
     positive, negative = np.maximum(codes, 0).sum(axis=1), np.maximum(-codes, 0).sum(axis=1)
