@@ -1,4 +1,4 @@
-"""Networks for the export to C, constrained without training, and a C compiler for what becomes of them."""
+"""Networks for exports, constrained without training, and a C compiler for what becomes of them."""
 
 import itertools
 import runpy
@@ -210,10 +210,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], InputSpec, Sequence[str]]] = 
 }
 
 
-def write_digits(folder: Path) -> Path:
+def write_digits(folder: Path, *constraints: str) -> Path:
     """The digits network with constrained weights, as a cbpq file."""
     loaded = load_model(str(ROOT / "examples" / "digits" / "resnet.safetensors"))
-    file = constrained(loaded.model, keep=("conv1.0.weight", "fc.weight"))
+    file = constrained(loaded.model, *constraints, keep=("conv1.0.weight", "fc.weight"))
     path = folder / "model.safetensors"
     write(path, replace(file, source=loaded.info.to_dict()))
     return path

@@ -460,7 +460,9 @@ def test_doctor_reports_what_is_broken(run: Callable[..., RUN], monkeypatch: pyt
     monkeypatch.setattr(doctor, "_import_pair", broken)
     code, out, err = run("doctor", "--json")
     assert code == 4
-    check = next(check for check in json.loads(out)["checks"] if check["ok"] is False)
+    checks = json.loads(out)["checks"]
+    assert len({check["part"] for check in checks}) == len(checks)
+    check = next(check for check in checks if check["ok"] is False)
     assert "nms does not exist" in check["found"]
     assert "pip install torch torchvision" in check["advice"]
     assert err == "error: not in order: torch with torchvision\n"

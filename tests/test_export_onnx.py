@@ -24,7 +24,7 @@ from onnxscript import ir
 from torch import Tensor, nn
 
 from cbpq.errors import CbpqError, MissingPartError, UsageError
-from cbpq.exports import export, onnx_checks
+from cbpq.exports import export, onnx_checks, onnx_graph
 from cbpq.exports import onnx as onnx_export
 from cbpq.exports.onnx import export_onnx
 from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
@@ -501,9 +501,9 @@ def test_what_onnxruntime_does_not_compute_equally_is_refused(
     finished: tuple[Linears, CbpqFile, bytes], spoil: Callable[[Any], None], message: str
 ) -> None:
     model, _, data = finished
-    difference, largest, agreement = onnx_checks.check_logits(onnxruntime, data, model, TINY)
-    assert 0 <= difference <= 1e-5 * largest
-    assert agreement == 1.0
+    facts = onnx_checks.check_logits(onnxruntime, data, model, TINY)
+    assert 0 <= facts["max_difference"] <= 1e-5 * facts["max_logit"]
+    assert facts["top1_agreement"] == 1.0
     spoilt = onnx.load_from_string(data)
     spoil(spoilt)
     with pytest.raises(CbpqError, match=message) as caught:
@@ -522,7 +522,7 @@ def test_what_fails_a_check_is_not_written(
     model, file, data = finished
     spoilt = onnx.load_from_string(data)
     spoil(spoilt)
-    monkeypatch.setattr(onnx_export, "_finish", lambda *_: spoilt.SerializeToString())
+    monkeypatch.setattr(onnx_export, "finish", lambda *_: spoilt.SerializeToString())
     (tmp_path / "x.onnx").write_bytes(b"old")
     with pytest.raises(CbpqError):
         export_onnx(model, file, TINY, tmp_path / "x.onnx")
@@ -534,15 +534,15 @@ def test_a_weight_that_the_translation_changed_is_refused_by_name(
 ) -> None:
     model = linears("a", "b")
     file = constrained(model)
-    translate = onnx_export._translate
+    translate = onnx_graph.translate
 
     def transposed(*arguments: Any) -> Any:
-        program, used = translate(*arguments)
-        value = program.model.graph.initializers["network.b.weight"]
+        translated = translate(*arguments)
+        value = translated.program.model.graph.initializers["network.b.weight"]
         value.const_value = ir.tensor(value.const_value.numpy().T.copy(), name=value.name)
-        return program, used
+        return translated
 
-    monkeypatch.setattr(onnx_export, "_translate", transposed)
+    monkeypatch.setattr(onnx_export, "translate", transposed)
     with pytest.raises(CbpqError, match=r"does not hold b\.weight as it is, so it would stay float32"):
         export_onnx(model, file, TINY, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
@@ -551,8 +551,8 @@ def test_a_weight_that_the_translation_changed_is_refused_by_name(
 def test_a_network_beyond_one_file_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = linears("a", "b")
     file = constrained(model)
-    monkeypatch.setattr(onnx_export, "_MAX_BYTES", 2 * 144 // 2 + 2 * 12 * 4 - 1)
-    monkeypatch.setattr(onnx_export, "_translate", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(onnx_graph, "MAX_BYTES", 2 * 144 // 2 + 2 * 12 * 4 - 1)
+    monkeypatch.setattr(onnx_export, "translate", lambda *_: pytest.fail("too late"))
     with pytest.raises(CbpqError, match="the network takes 240; export as state-dict"):
         export_onnx(model, file, TINY, tmp_path / "x.onnx")
 
@@ -632,7 +632,7 @@ def test_onnxruntime_dequantizes_any_codes_to_the_bits_of_the_weight(data: st.Da
     tensor = ConstrainedTensor(codes, scale, (-128, 127), data.draw(st.integers(1, 100)), "x")
 
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 25})
-    node = onnx_export._dequantize(onnx, ir, graph, "w", tensor, kind, bits)
+    node = onnx_graph.dequantize(onnx, ir, graph, "w", tensor, onnx_export._packed_codes(onnx, "w", tensor, kind, bits))
     graph.append(node)
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph.outputs.append(node.outputs[0])

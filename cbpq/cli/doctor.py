@@ -132,10 +132,10 @@ def _extras() -> list[Check]:
     """Look for the packages of every export format that has an extra."""
     from cbpq.exports import FORMATS
 
-    checks = []
+    checks: dict[str, Check] = {}  # several formats share packages
     for name, target in FORMATS.items():
         for package in target.modules:
             version = _version_of(package)
             advice = "" if version else f'for {name} export: pip install "cbpq[{target.extra}]"'
-            checks.append(Check(package, version or "nothing", True if version else None, advice))
-    return checks
+            checks.setdefault(package, Check(package, version or "nothing", True if version else None, advice))
+    return list(checks.values())

@@ -28,14 +28,15 @@ def command(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="state-dict (.pth or .safetensors), onnx (.onnx) or c (a folder); unless given, by the ending of OUT.",
+            help="state-dict (.pth or .safetensors), onnx or qonnx (.onnx), or c (a folder); unless given, by the "
+            "ending of OUT, where .onnx means onnx.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
     opset: Annotated[
         int | None,
         typer.Option(
-            "--opset", min=1, help="ONNX operator set; 25 stores 2-bit weights.", rich_help_panel=common.OUTPUT
+            "--opset", min=1, help="For onnx: operator set; 25 stores 2-bit weights.", rich_help_panel=common.OUTPUT
         ),
     ] = None,
     check: Annotated[
@@ -86,6 +87,7 @@ def command(
 
       cbpq export out/model.safetensors -o resnet18.pth
       cbpq export out/model.safetensors --format onnx -o resnet18.onnx
+      cbpq export out/model.safetensors --format qonnx -o resnet18.onnx
       cbpq export out/model.safetensors --format c -o resnet18_c
       cbpq export out/model.safetensors --hardware-report resnet18_hardware --data imagenet/
     """
@@ -167,7 +169,7 @@ def format_of(output: Path) -> str:
     """
     from cbpq.exports import FORMATS
 
-    fits = [name for name, target in FORMATS.items() if output.suffix in target.extensions]
+    fits = [name for name, target in FORMATS.items() if target.by_ending and output.suffix in target.extensions]
     if len(fits) == 1:
         return fits[0]
     known = ", ".join(f"{name} ({' or '.join(target.extensions) or 'a folder'})" for name, target in FORMATS.items())

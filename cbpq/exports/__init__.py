@@ -61,6 +61,7 @@ class Format:
         function: ``module:name``; called as ``(file, out, **options)``.
         needs_network: call it as ``(model, file, spec, out, **options)`` instead.
         extensions: what ``out`` may end with; none for a folder, which may have any name.
+        by_ending: whether an ``out`` with such an ending, and nothing else said, means this format.
         files: the names of what is in such a folder.
         extra: the optional part it belongs to, as in ``pip install "cbpq[extra]"``; empty if none.
         modules: the packages that this part installs and the target imports.
@@ -70,6 +71,7 @@ class Format:
     summary: str
     function: str
     extensions: tuple[str, ...] = ()
+    by_ending: bool = True
     files: tuple[str, ...] = ()
     needs_network: bool = False
     extra: str = ""
@@ -92,6 +94,16 @@ FORMATS: Mapping[str, Format] = {
         extra="onnx",
         modules=("onnx", "onnxscript", "onnxruntime"),
         options=("opset", "check"),
+    ),
+    "qonnx": Format(
+        summary="ONNX for FPGA flows: constrained weights as integers of 1 to 4 bits, annotated as qonnx reads them",
+        function="cbpq.exports.qonnx:export_qonnx",
+        extensions=(".onnx",),
+        by_ending=False,
+        needs_network=True,
+        extra="onnx",
+        modules=("onnx", "onnxscript", "onnxruntime"),
+        options=("check",),
     ),
     "c": Format(
         summary="a folder of C99 code for microcontrollers and FPGAs: adds and shifts for constrained weights",

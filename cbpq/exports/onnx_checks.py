@@ -1,5 +1,6 @@
 """What an ONNX file has to pass before it is written: integers that decode to the weights, and equal logits."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from cbpq.fileformat import ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
 
+ANNOTATION = "finn_datatype"  # qonnx's key for the type of a tensor
 TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order reach 1e-5 in deep networks
 
 
@@ -46,10 +48,61 @@ def check_integers(onnx: ModuleType, data: bytes, constrained: dict[str, Constra
             raise CbpqError(f"{name} did not become an integer in the ONNX graph; export it as state-dict instead")
 
 
+def check_annotations(onnx: ModuleType, data: bytes, constrained: dict[str, ConstrainedTensor]) -> None:
+    """Every constrained weight must be an annotated initializer of a layer, equal to the bit after the layer's ``Mul``.
+
+    Raises:
+        CbpqError: one is not, or an initializer holds what its annotation does not allow.
+    """
+    graph = onnx.load_from_string(data).graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    weights: dict[str, list[NDArray[np.float32]]] = {}
+    for entry in graph.quantization_annotation:
+        [kind] = [pair.value for pair in entry.quant_parameter_tensor_names if pair.key == ANNOTATION]
+        name = entry.tensor_name
+        if name not in stored or not _allows(kind, stored[name]):
+            raise CbpqError(f"{name} is annotated as {kind} in the ONNX graph, but holds something else")
+        weights[name] = [_weight_of(layer, users, stored) for layer in users.get(name, ())]
+    for name, tensor in constrained.items():
+        # equal weights may have become one, under any of their names
+        candidates = [weights[f"{name}.codes"]] if f"{name}.codes" in weights else weights.values()
+        equal = [{equal_bits(found, tensor.weight()) for found in each} for each in candidates]
+        if name in stored or {True} not in equal:
+            raise CbpqError(f"{name} did not become annotated integers in the ONNX graph; export it as onnx instead")
+
+
+def _allows(kind: str, values: NDArray[np.float32]) -> bool:
+    """Whether a type of qonnx has all these values."""
+    few = {"BIPOLAR": [-1, 1], "TERNARY": [-1, 0, 1]}
+    if kind in few:
+        return bool(np.isin(values, few[kind]).all())
+    limit = 2.0 ** (int(kind.removeprefix("INT")) - 1)
+    return bool(((values == np.round(values)) & (values >= -limit) & (values < limit)).all())
+
+
+def _weight_of(layer: Any, users: dict[str, list[Any]], stored: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """What a layer with codes multiplies with, (outputs, ...), its ``Mul`` included; empty if it has none."""
+    following = users.get(layer.output[0], [])
+    operators = [node.op_type for node in (layer, *following)]
+    if operators not in (["Conv", "Mul"], ["MatMul", "Mul"]) or following[0].input[1] not in stored:
+        return np.empty(0, np.float32)
+    codes, scale = stored[layer.input[1]], stored[following[0].input[1]]
+    if layer.op_type == "MatMul":
+        codes = codes.T
+    return np.asarray(codes * scale.reshape(-1, *[1] * (codes.ndim - 1)) if scale.ndim else codes * scale)
+
+
 def check_logits(
-    onnxruntime: ModuleType, data: bytes, network: nn.Module, spec: InputSpec
-) -> tuple[float, float, float]:
-    """Run the file beside the network: the largest difference, the largest logit, and the share of equal top-1.
+    onnxruntime: ModuleType, data: bytes, network: nn.Module, spec: InputSpec, batches: Sequence[int] = (1, 3)
+) -> dict[str, Any]:
+    """Run the file beside the network, on seeded random pictures in batches of these sizes.
+
+    Returns:
+        For an export's facts: the largest difference, the largest logit, the share of equal top-1, and what ran it.
 
     Raises:
         CbpqError: onnxruntime does not run it, or the logits differ by more than ``TOLERANCE``.
@@ -59,24 +112,29 @@ def check_logits(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would steal from torch
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
-    sizes = [(batch, spec.channels, spec.height, spec.width) for batch in (1, 3)]
-    batches = [(torch.rand(size, generator=generator) - mean) / std for size in sizes]
+    sizes = [(batch, spec.channels, spec.height, spec.width) for batch in batches]
+    inputs = [(torch.rand(size, generator=generator) - mean) / std for size in sizes]
     with torch.no_grad():
-        ours = np.concatenate([logits(network(images)).numpy() for images in batches])
+        ours = np.concatenate([logits(network(images)).numpy() for images in inputs])
     if not np.isfinite(ours).all():
         raise CbpqError(
             "the network's own logits for random pictures are not finite; nothing can be compared with them"
         )
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        theirs = np.concatenate([session.run(["logits"], {"input": images.numpy()})[0] for images in batches])
+        theirs = np.concatenate([session.run(["logits"], {"input": images.numpy()})[0] for images in inputs])
     except Exception as error:  # onnxruntime's own exceptions have no common base
         raise CbpqError(f"onnxruntime {onnxruntime.__version__} rejects the network: {one_line(error)}") from error
     difference, largest = float(np.abs(theirs - ours).max()), float(np.abs(ours).max())
     if not difference <= TOLERANCE * largest:  # also when the difference is NaN
         raise CbpqError(
             f"onnxruntime {onnxruntime.__version__} computes other logits than torch: they differ by {difference:.3g}, "
-            f"and the largest is {largest:.3g}; try another opset"
+            f"and the largest is {largest:.3g}; try another opset or format"
         )
     agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
-    return difference, largest, agreement
+    return {
+        "max_difference": difference,
+        "max_logit": largest,
+        "top1_agreement": agreement,
+        "onnxruntime": str(onnxruntime.__version__),
+    }
