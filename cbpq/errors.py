@@ -5,6 +5,7 @@
 
 import difflib
 import importlib
+import logging
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -56,12 +57,16 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency.
+    """Import an optional dependency, without what it logs meanwhile.
 
     Raises:
         MissingPartError: it is not installed; the message holds the install command.
     """
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))  # torch logs what it will not let torchao do in a later version
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPartError(f'{module} is not installed; run: pip install "cbpq[{extra}]"') from error
+    finally:
+        logging.disable(disabled)

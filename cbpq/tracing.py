@@ -131,6 +131,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+@contextlib.contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Without torch's fast path for attention: one operator that hides what happens inside."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def image_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     """How images (B, C, H, W) should lie in memory for a network: channels last, in which convolutions are faster,
     unless it has none or cannot take that, as one that calls ``view`` across channels.

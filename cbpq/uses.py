@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cbpq.tracing import unfused_attention
+
 _CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -160,10 +162,5 @@ def _convolution_use(function: Callable[..., Tensor], given: Mapping[str, Any]) 
 def watching(model: nn.Module, names: Sequence[str], found: Callable[[str, Use], None]) -> Iterator[None]:
     """Call ``found(name, use)`` whenever a forward pass multiplies with one of these parameters."""
     parameters = dict(model.named_parameters())
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused attention layer hides what happens inside
-    try:
-        with _Watcher({id(parameters[name]): name for name in names}, found):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with unfused_attention(), _Watcher({id(parameters[name]): name for name in names}, found):
+        yield

@@ -91,5 +91,5 @@ def test_without_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for module in ("torchao", "torchao.prototype.parq"):
         monkeypatch.setitem(sys.modules, module, None)
     assert parq("-o", tmp_path / "out") == 4
-    assert refusal(capsys).endswith('is not installed; run: pip install "cbpq[parq]"')
+    assert refusal(capsys).endswith('is not installed; run: pip install "cbpq[torchao]"')
     assert not (tmp_path / "out").exists()

@@ -28,8 +28,8 @@ def command(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="state-dict (.pth or .safetensors), onnx or qonnx (.onnx), or c (a folder); unless given, by the "
-            "ending of OUT, where .onnx means onnx.",
+            help="state-dict, onnx, qonnx, torchao, pt2 or c (a folder); unless given, by the ending of OUT: .pth and "
+            ".safetensors mean state-dict, .onnx means onnx, .pt2 is pt2.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -39,12 +39,20 @@ def command(
             "--opset", min=1, help="For onnx: operator set; 25 stores 2-bit weights.", rich_help_panel=common.OUTPUT
         ),
     ] = None,
+    fold_bn: Annotated[
+        bool,
+        typer.Option(
+            "--fold-bn",
+            help="For state-dict: BatchNorms become part of the convolutions and linear layers before them.",
+            rich_help_panel=common.OUTPUT,
+        ),
+    ] = False,
     check: Annotated[
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Run the result in what it is meant for (onnxruntime, a C compiler) before it is written; done unless "
-            "refused.",
+            help="Run the result in what it is meant for (onnxruntime, torchao, a C compiler) before it is written; "
+            "done unless refused.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -81,11 +89,12 @@ def command(
     overwrite: common.Overwrite = False,
     json: common.Json = False,
 ) -> None:
-    """Write a cbpq file as a state dict, an ONNX network or C code; the result is checked before it is written.
+    """Write a cbpq file for other tools: a state dict, a program, C code; the result is checked before it is written.
 
     Examples:
 
       cbpq export out/model.safetensors -o resnet18.pth
+      cbpq export out/model.safetensors --fold-bn -o resnet18.pth
       cbpq export out/model.safetensors --format onnx -o resnet18.onnx
       cbpq export out/model.safetensors --format qonnx -o resnet18.onnx
       cbpq export out/model.safetensors --format c -o resnet18_c
@@ -93,13 +102,13 @@ def command(
     """
     from cbpq.exports import FORMATS, check_request, export
 
-    options = {"format": format, "opset": opset, "check": check, "activations": activations}
+    options = {"format": format, "opset": opset, "fold_bn": fold_bn or None, "check": check, "activations": activations}
     wanted = _wanted(output, hardware_report, options, data)
     for name, (out, given) in wanted.items():
         check_request(name, out, overwrite=overwrite, **given)
     model = spec = None
     if arch is not None:
-        if not any(FORMATS[name].needs_network for name in wanted):
+        if not any(FORMATS[name].chosen(given)[1] for name, (_, given) in wanted.items()):
             raise UsageError(f"--arch makes no sense with --format {min(wanted)}, which needs no network; leave it out")
         from cbpq.model_file import load
 
@@ -133,7 +142,8 @@ def _wanted(
         wanted["hardware-report"] = report, {"data": data}
     if output is None:
         if unused := [name for name, value in options.items() if value is not None]:
-            raise UsageError(f"--{unused[0]} is about what --output names, and there is none; add it, or leave it out")
+            flag = f"--{unused[0].replace('_', '-')}"
+            raise UsageError(f"{flag} is about what --output names, and there is none; add it, or leave it out")
         return wanted
     chosen = options.pop("format") or format_of(output)
     if report is not None:
@@ -162,16 +172,16 @@ def _show(result: "Exported") -> None:
 
 
 def format_of(output: Path) -> str:
-    """The format that alone writes files with this ending.
+    """The first format in the table that writes files with this ending.
 
     Raises:
-        UsageError: none does, or several do.
+        UsageError: none does.
     """
     from cbpq.exports import FORMATS
 
-    fits = [name for name, target in FORMATS.items() if target.by_ending and output.suffix in target.extensions]
-    if len(fits) == 1:
-        return fits[0]
+    for name, target in FORMATS.items():
+        if target.by_ending and output.suffix in target.extensions:
+            return name
     known = ", ".join(f"{name} ({' or '.join(target.extensions) or 'a folder'})" for name, target in FORMATS.items())
-    why = f"several formats end in {output.suffix}" if fits else f"no format ends in {output.suffix or 'nothing'}"
-    raise UsageError(f"{output.name}: {why}; give --format: {known}")
+    ending = output.suffix or "nothing"
+    raise UsageError(f"{output.name}: no format ends in {ending}; give --format: {known}")

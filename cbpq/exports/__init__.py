@@ -60,6 +60,7 @@ class Format:
         summary: one line for help texts.
         function: ``module:name``; called as ``(file, out, **options)``.
         needs_network: call it as ``(model, file, spec, out, **options)`` instead.
+        variants: options that are on or off; where one is on, this other function is called, with the network.
         extensions: what ``out`` may end with; none for a folder, which may have any name.
         by_ending: whether an ``out`` with such an ending, and nothing else said, means this format.
         files: the names of what is in such a folder.
@@ -77,6 +78,12 @@ class Format:
     extra: str = ""
     modules: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    variants: Mapping[str, str] = field(default_factory=dict)
+
+    def chosen(self, options: Mapping[str, Any]) -> tuple[str, bool]:
+        """The function for these options, and whether it takes the network."""
+        variant = next((function for name, function in self.variants.items() if options.get(name)), None)
+        return variant or self.function, variant is not None or self.needs_network
 
 
 FORMATS: Mapping[str, Format] = {
@@ -84,7 +91,8 @@ FORMATS: Mapping[str, Format] = {
         summary="float32 weights that load_state_dict of torchvision, timm or your own network accepts",
         function="cbpq.exports.state_dict:export_state_dict",
         extensions=(".pth", ".safetensors"),
-        options=("check",),
+        options=("check", "fold_bn"),
+        variants={"fold_bn": "cbpq.exports.folding:export_folded"},
     ),
     "onnx": Format(
         summary="an ONNX network whose constrained weights are 4-bit integers, or 2-bit with opset 25 where they fit",
@@ -103,6 +111,23 @@ FORMATS: Mapping[str, Format] = {
         needs_network=True,
         extra="onnx",
         modules=("onnx", "onnxscript", "onnxruntime"),
+        options=("check",),
+    ),
+    "torchao": Format(
+        summary="int8 weights in torchao's safetensors layout, which torchao loads into the network",
+        function="cbpq.exports.torchao:export_torchao",
+        extensions=(".safetensors",),
+        by_ending=False,
+        needs_network=True,
+        extra="torchao",
+        modules=("torchao",),
+        options=("check",),
+    ),
+    "pt2": Format(
+        summary="a torch.export program with int8 weights that torch alone loads and runs",
+        function="cbpq.exports.pt2:export_pt2",
+        extensions=(".pt2",),
+        needs_network=True,
         options=("check",),
     ),
     "c": Format(
@@ -151,10 +176,12 @@ def export(
     out = Path(out)
     target, given = check_request(format, out, overwrite=overwrite, **options)
     file = source if isinstance(source, CbpqFile) else fileformat.read(Path(source))
-    module_name, _, name = target.function.partition(":")
+    path, takes_network = target.chosen(given)
+    module_name, _, name = path.partition(":")
     function = getattr(importlib.import_module(module_name), name)
+    given = {name: value for name, value in given.items() if name not in target.variants}
     result: Exported
-    if target.needs_network:
+    if takes_network:
         network, input_spec = _network(file, model, spec)
         result = function(network, file, input_spec, out, **given)
     else:

@@ -5,7 +5,7 @@
 The dequantized weight, integer × scale with scale = a / denominator, is bit for bit the constrained weight.
 
 Before it is written the file passes ONNX's own checker and runs in onnxruntime beside the PyTorch network, on seeded
-random pictures in batches of 1 and 3. Logits may differ by ``onnx_checks.TOLERANCE`` times the largest logit.
+random pictures in batches of 1 and 3. Logits may differ by ``checks.TOLERANCE`` times the largest logit.
 """
 
 from collections import Counter

@@ -5,18 +5,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from cbpq.errors import CbpqError
-from cbpq.exports.translation import one_line
+from cbpq.exports.checks import Runs, compare_logits
 from cbpq.fileformat import ConstrainedTensor
 from cbpq.inputs import InputSpec
-from cbpq.models import logits
 
 ANNOTATION = "finn_datatype"  # qonnx's key for the type of a tensor
-TOLERANCE = 1e-3  # of the largest logit: float32 sums in another order reach 1e-5 in deep networks
 
 
 def equal_bits(first: NDArray[Any], second: NDArray[Any]) -> bool:
@@ -99,42 +96,27 @@ def _weight_of(layer: Any, users: dict[str, list[Any]], stored: dict[str, NDArra
 def check_logits(
     onnxruntime: ModuleType, data: bytes, network: nn.Module, spec: InputSpec, batches: Sequence[int] = (1, 3)
 ) -> dict[str, Any]:
-    """Run the file beside the network, on seeded random pictures in batches of these sizes.
+    """Run the file in onnxruntime beside the network, in batches of these sizes.
 
     Returns:
-        For an export's facts: the largest difference, the largest logit, the share of equal top-1, and what ran it.
+        For an export's facts: what `compare_logits` says, and what ran it.
 
     Raises:
-        CbpqError: onnxruntime does not run it, or the logits differ by more than ``TOLERANCE``.
+        CbpqError: onnxruntime does not run it, or the logits differ by more than ``checks.TOLERANCE``.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its warnings go to stderr
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads would steal from torch
-    generator = torch.Generator().manual_seed(0)
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (spec.mean, spec.std))
-    sizes = [(batch, spec.channels, spec.height, spec.width) for batch in batches]
-    inputs = [(torch.rand(size, generator=generator) - mean) / std for size in sizes]
-    with torch.no_grad():
-        ours = np.concatenate([logits(network(images)).numpy() for images in inputs])
-    if not np.isfinite(ours).all():
-        raise CbpqError(
-            "the network's own logits for random pictures are not finite; nothing can be compared with them"
-        )
-    try:
+
+    def load() -> Runs:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        theirs = np.concatenate([session.run(["logits"], {"input": images.numpy()})[0] for images in inputs])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise CbpqError(f"onnxruntime {onnxruntime.__version__} rejects the network: {one_line(error)}") from error
-    difference, largest = float(np.abs(theirs - ours).max()), float(np.abs(ours).max())
-    if not difference <= TOLERANCE * largest:  # also when the difference is NaN
-        raise CbpqError(
-            f"onnxruntime {onnxruntime.__version__} computes other logits than torch: they differ by {difference:.3g}, "
-            f"and the largest is {largest:.3g}; try another opset or format"
-        )
-    agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
-    return {
-        "max_difference": difference,
-        "max_logit": largest,
-        "top1_agreement": agreement,
-        "onnxruntime": str(onnxruntime.__version__),
-    }
+
+        def run(images: Tensor) -> NDArray[np.float32]:
+            result: NDArray[np.float32] = session.run(["logits"], {"input": images.numpy()})[0]
+            return result
+
+        return run
+
+    reader = f"onnxruntime {onnxruntime.__version__}"
+    facts = compare_logits(reader, load, network, spec, advice="try another opset or format", batches=batches)
+    return {**facts, "onnxruntime": str(onnxruntime.__version__)}

@@ -13,7 +13,7 @@ from torch import nn
 
 from cbpq.errors import CbpqError
 from cbpq.exports.onnx_checks import equal_bits
-from cbpq.exports.translation import PREFIX, Logits, all_names, check_weights, one_line
+from cbpq.exports.translation import PREFIX, all_names, check_weights, exporting, one_line, own_names, program_of
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 
@@ -54,15 +54,15 @@ def check_size(size: int) -> None:
         raise CbpqError(f"an ONNX file holds {MAX_BYTES} bytes, the network takes {size}; export as state-dict instead")
 
 
-def translate(model: nn.Module, file: CbpqFile, spec: InputSpec, opset: int, batch: int | None = None) -> Translated:
-    """Translate a copy of ``model``; its batch has any size, or ``batch``.
+def translate(model: nn.Module, file: CbpqFile, spec: InputSpec, opset: int, *, free_batch: bool = True) -> Translated:
+    """Translate a copy of ``model``, for any number of pictures or for one.
 
     Raises:
         CbpqError: ``model`` does not hold the weights of ``file``, or torch cannot translate it.
     """
     network = copy.deepcopy(model).cpu().eval()
     check_weights(network, file)
-    program, used = _program(network, spec, opset, batch)
+    program, used = _program(network, spec, opset, free_batch=free_batch)
     aliases = all_names(network)
     # in the network's order, so that equal content gives equal bytes
     names = [name for name in aliases if name in file.constrained and not used.isdisjoint(aliases[name])]
@@ -70,38 +70,23 @@ def translate(model: nn.Module, file: CbpqFile, spec: InputSpec, opset: int, bat
     return Translated(network, program, {name: file.constrained[name] for name in names}, unused, aliases)
 
 
-def _program(network: nn.Module, spec: InputSpec, opset: int, batch: int | None) -> tuple[Any, set[str]]:
+def _program(network: nn.Module, spec: InputSpec, opset: int, *, free_batch: bool) -> tuple[Any, set[str]]:
     """The program, and the names of the tensors that the forward pass uses."""
-    # where the batch is free, a batch of 1 would become a constant
-    example = torch.zeros(batch or 2, spec.channels, spec.height, spec.width)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        # the fast path of nn.MultiheadAttention is one operator that ONNX does not have
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            free = None if batch else ({0: torch.export.Dim.DYNAMIC},)
-            exported = torch.export.export(Logits(network), (example,), dynamic_shapes=free, strict=False)
-            program = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                dynamic_shapes=None if batch else ({0: "batch"},),  # the name of the free dimension
-                input_names=["input"],
-                output_names=["logits"],
-            )
-    except Exception as error:  # torch raises whatever the network's code and the translation of each operator raise
-        raise CbpqError(
-            f"torch {torch.__version__} cannot translate {type(network).__name__} to ONNX: {one_line(error)}"
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    signature = exported.graph_signature
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    with exporting(f"translate {type(network).__name__} to ONNX"):
+        exported = program_of(network, spec, free_batch=free_batch)
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            dynamic_shapes=({0: "batch"},) if free_batch else None,  # the name of the free dimension
+            input_names=["input"],
+            output_names=["logits"],
+        )
     users = {node.name: node.users for node in exported.graph.nodes}
-    return program, {name.removeprefix(PREFIX) for node, name in targets.items() if users[node]}
+    return program, {name for node, name in own_names(exported).items() if users[node]}
 
 
 def replace_weights(onnx: ModuleType, ir: Any, translated: Translated, codes: Mapping[str, Any]) -> None:

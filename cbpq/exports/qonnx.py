@@ -60,7 +60,7 @@ def export_qonnx(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *
     file = replace(file, constrained={name: smallest(tensor) for name, tensor in file.constrained.items()})
 
     with quiet():
-        translated = translate(model, file, spec, OPSET, batch=1)
+        translated = translate(model, file, spec, OPSET, free_batch=False)
         weights = translated.constrained
         # int32, until the graph is optimised: that would fold codes that feed their layer directly
         make = onnx.numpy_helper.from_array

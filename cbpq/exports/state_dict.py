@@ -5,7 +5,7 @@ them; each constrained weight is decoded to the very bits the network computed w
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,36 @@ def export_state_dict(file: CbpqFile, out: Path, *, check: bool = True) -> Expor
         UsageError: another extension.
         CbpqError: ``out`` cannot be written, or what was to be written does not read back equal.
     """
-    if out.suffix not in _WRITERS:
-        raise UsageError(f"a state dict is written to a file that ends in {' or '.join(_WRITERS)}, not {out.name!r}")
-    dump, load = _WRITERS[out.suffix]
-    decoded = {name: tensor.weight() for name, tensor in file.constrained.items()}
-    arrays = dict(sorted((decoded | file.others).items()))  # equal content in another order gives equal bytes
-    # a copy, because arrays that were read from a file may be read-only, which tensors cannot be
-    data = dump({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-    if check:
-        _compare(arrays, load(data))
+    arrays = {name: tensor.weight() for name, tensor in file.constrained.items()} | file.others
+    data, _ = serialized(arrays, out, check=check)
     atomic_write(out, data)
     return Exported(
         format="state-dict",
         path=out,
         size=len(data),
         float32_size=float32_size(file),
-        facts={"tensors": len(arrays), "decoded": len(decoded)},
+        facts={"tensors": len(arrays), "decoded": len(file.constrained)},
         notes=(_NOTE,),
     )
+
+
+def serialized(arrays: Mapping[str, NDArray[Any]], out: Path, *, check: bool) -> tuple[bytes, dict[str, Tensor]]:
+    """The content of a state-dict file named ``out``, and with ``check`` what is read back from it, else nothing.
+
+    Raises:
+        UsageError: ``out`` has another extension.
+        CbpqError: it does not read back equal.
+    """
+    if out.suffix not in _WRITERS:
+        raise UsageError(f"a state dict is written to a file that ends in {' or '.join(_WRITERS)}, not {out.name!r}")
+    dump, load = _WRITERS[out.suffix]
+    # a copy, because arrays that were read from a file may be read-only, which tensors cannot be; sorted, because equal
+    # content in another order gives equal bytes
+    data = dump({name: torch.from_numpy(np.array(array)) for name, array in sorted(arrays.items())})
+    found = load(data) if check else {}
+    if check:
+        check_equal(arrays, found)
+    return data, found
 
 
 def _dump_pickle(tensors: dict[str, Tensor]) -> bytes:
@@ -75,7 +87,12 @@ _WRITERS: dict[str, tuple[Callable[[dict[str, Tensor]], bytes], Callable[[bytes]
 }
 
 
-def _compare(expected: dict[str, NDArray[Any]], found: dict[str, Tensor]) -> None:
+def check_equal(expected: Mapping[str, NDArray[Any]], found: Mapping[str, Tensor]) -> None:
+    """Make sure that tensors are back under their names, bit for bit.
+
+    Raises:
+        CbpqError: one is missing, too many or different.
+    """
     if found.keys() != expected.keys():
         raise CbpqError(f"the state dict reads back with other names: {sorted(found.keys() ^ expected.keys())[:3]}")
     for name, array in expected.items():

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from cbpq.errors import CbpqError
 from cbpq.fileformat import CbpqFile
+from cbpq.inputs import InputSpec
 from cbpq.models import logits
+from cbpq.tracing import unfused_attention
 
 PREFIX = "network."  # of every name inside `Logits`
 
@@ -27,6 +29,38 @@ class Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to logits (B, classes)."""
         return logits(self.network(images))
+
+
+def program_of(network: nn.Module, spec: InputSpec, *, free_batch: bool) -> "torch.export.ExportedProgram":
+    """torch's graph of ``network`` within `Logits`: for any number of pictures, or for one. Raises what torch and the
+    network's code raise, so it belongs into `exporting`.
+    """
+    # with a free batch of 1, the 1 would become a constant
+    example = torch.zeros(2 if free_batch else 1, spec.channels, spec.height, spec.width)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if free_batch else None
+    whole = network if isinstance(network, Logits) else Logits(network)
+    return torch.export.export(whole, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def own_names(program: "torch.export.ExportedProgram") -> dict[str, str]:
+    """The state-dict name of each input of the graph that stands for a parameter or a buffer of the network."""
+    signature = program.graph_signature
+    own = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: name.removeprefix(PREFIX) for node, name in own.items()}
+
+
+@contextmanager
+def exporting(doing: str) -> Iterator[None]:
+    """Let torch's exporter work in silence, without gradients and without fused operators for attention.
+
+    Raises:
+        CbpqError: it fails; ``doing`` says at what.
+    """
+    try:
+        with quiet(), torch.no_grad(), unfused_attention():
+            yield
+    except Exception as error:  # torch raises whatever the network's code and the handling of each operator raise
+        raise CbpqError(f"torch {torch.__version__} cannot {doing}: {one_line(error)}") from error
 
 
 @contextmanager

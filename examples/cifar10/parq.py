@@ -1,6 +1,6 @@
 """torchao's PARQ on the terms of ``cbpq compare``: the same network, data, order, budget, optimizer, loss and measure.
 
-    pip install ".[parq]"
+    pip install ".[torchao]"
     python examples/cifar10/parq.py SOURCE --weights FILE --data FILE --constraint binary ternary four-levels -o OUT
 
 PARQ (Jin et al., *PARQ: Piecewise-Affine Regularized Quantization*, ICML 2025, arXiv 2503.15748) draws the weights that
@@ -22,7 +22,6 @@ in the form of ``comparison.json``.
 import argparse
 import copy
 import json
-import logging
 import os
 import shlex
 import sys
@@ -135,7 +134,7 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
         raise UsageError(f"{chosen.seeds} seeds are too few; give 1 or more")
     if not (chosen.steepness > 0 and 0 < chosen.anneal_end <= 1):
         raise UsageError("--steepness must be above 0, and --anneal-end a share of the budget above 0 and at most 1")
-    parq = quietly_imported()
+    parq = require_extra("torchao.prototype.parq", "torchao")
     choices, _, layers = combine({"epochs": chosen.epochs, "device": chosen.device}, chosen.set, os.environ, None)
     choices = {name: value for name, value in choices.items() if name not in ("constraint", "method")}
     own = {"start": chosen.start, "steepness": chosen.steepness, "anneal_end": chosen.anneal_end}
@@ -161,19 +160,6 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
         document = comparison.to_dict() | {"parq": own, "settings": shared}
         atomic_write(chosen.output / "parq.json", json.dumps(document, indent=1).encode())
     return comparison
-
-
-def quietly_imported() -> ModuleType:
-    """``torchao.prototype.parq``.
-
-    Raises:
-        MissingPartError: torchao is not installed.
-    """
-    logging.disable(logging.WARNING)  # torch logs what it will not let torchao do in a later version
-    try:
-        return require_extra("torchao.prototype.parq", "parq")
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def one_run(name: str, job: Plan, levels: Levels, own: dict[str, Any], parq: ModuleType) -> dict[str, Any]:

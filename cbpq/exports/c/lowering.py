@@ -16,7 +16,7 @@ from cbpq.exports.c import moves, rows
 from cbpq.exports.c.calls import Call, Constrained, Unsupported
 from cbpq.exports.c.folding import folded
 from cbpq.exports.c.operations import Network, Operation, View
-from cbpq.exports.translation import PREFIX, Logits, all_names, one_line, quiet
+from cbpq.exports.translation import PREFIX, all_names, exporting, one_line, program_of
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
 
@@ -77,16 +77,9 @@ def exported_program(network: nn.Module, spec: InputSpec) -> "torch.export.Expor
     Raises:
         CbpqError: torch cannot follow the network's code.
     """
-    example = torch.zeros(1, spec.channels, spec.height, spec.width)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(Logits(network), (example,), strict=False)
-            functional: torch.export.ExportedProgram = program.run_decompositions({})
-            return functional
-    except Exception as error:  # torch raises whatever the network's code raises
-        raise CbpqError(
-            f"torch {torch.__version__} cannot follow the code of {type(network).__name__}: {one_line(error)}"
-        ) from error
+    with exporting(f"follow the code of {type(network).__name__}"):
+        functional: torch.export.ExportedProgram = program_of(network, spec, free_batch=False).run_decompositions({})
+    return functional
 
 
 def lower(program: "torch.export.ExportedProgram", network: nn.Module, file: CbpqFile) -> Network:
