@@ -40,8 +40,8 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make the folder ``path`` with exactly these files, by name. A folder of that name is replaced, with all that is
-    in it: whoever calls has made sure that it may be.
+    """Make the folder ``path`` with exactly these files, by their paths in it. A folder of that name is replaced, with
+    all that is in it: whoever calls has made sure that it may be.
 
     The files go to a temporary folder beside it, which then takes its place. On any failure ``path`` is as before and
     the temporary folder is gone; only a process killed in the middle leaves one behind.
@@ -57,6 +57,7 @@ def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         temporary.mkdir()
         try:
             for name, data in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 _replace(temporary / name, data)
             if target.exists():
                 os.rename(target, old)  # a folder that is not empty cannot be replaced in one step

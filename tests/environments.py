@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from small_job import ROOT
+from small_job import environment as variables
 
 _NO_NETWORK = "NewConnectionError|Name or service not known|Temporary failure|timed out|unreachable|ProxyError|SSLError"
 
@@ -60,12 +61,7 @@ def _make(folder: Path, packages: tuple[str, ...], beside: Path | None) -> None:
 def run_in(python: Path, *arguments: object) -> str:
     """What Python prints with these arguments in such an environment, with cbpq as it is here; fails if it fails."""
     done = subprocess.run(
-        [str(python), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [str(python), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT, env=variables()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -653,6 +653,22 @@ def test_checks_compare_bits_and_not_values() -> None:
     assert not onnx_checks.equal_bits(one, one.reshape(1, 2))
 
 
+def alexnet_with_batch_norm() -> nn.Module:
+    """A BatchNorm behind each layer but the last, as the networks of the CBP paper have it."""
+    model: nn.Module = torchvision.models.alexnet(num_classes=10)
+    for name in ("features", "classifier"):
+        layers = list(model.get_submodule(name).children())
+        with_norms = list[nn.Module]()
+        for layer in layers:
+            with_norms.append(layer)
+            if isinstance(layer, nn.Conv2d):
+                with_norms.append(nn.BatchNorm2d(layer.out_channels))
+            elif isinstance(layer, nn.Linear) and layer is not layers[-1]:
+                with_norms.append(nn.BatchNorm1d(layer.out_features))
+        setattr(model, name, nn.Sequential(*with_norms))
+    return model
+
+
 LARGE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{
         name: (lambda name=name: torchvision.models.get_model(name, num_classes=10), 64)  # type: ignore[misc]  # bound now
@@ -673,6 +689,7 @@ LARGE: dict[str, tuple[Callable[[], nn.Module], int]] = {
             "shufflenet_v2_x1_0",
         )
     },
+    "alexnet with BatchNorm": (alexnet_with_batch_norm, 64),
     "googlenet": (lambda: torchvision.models.googlenet(num_classes=10, init_weights=True), 64),
     "inception_v3": (lambda: torchvision.models.inception_v3(num_classes=10, init_weights=True), 80),
     "vit_b_16": (lambda: torchvision.models.vit_b_16(num_classes=10, image_size=32), 32),

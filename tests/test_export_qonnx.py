@@ -1,8 +1,6 @@
 """Export to qonnx: annotated integers that decode to the weight, and qonnx itself in an environment of its own."""
 
 import json
-import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from c_networks import CONSTRAINTS, SHAPES, TINY, Branches, constrained, lived, mobile, pictures, write_digits
+from environments import environment, run_in
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -466,27 +465,17 @@ def test_only_its_name_chooses_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def qonnx_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new environment with qonnx, which cannot live beside onnx 1.23."""
-    folder = tmp_path_factory.mktemp("qonnx")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = folder / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "qonnx>=1,<2", "onnx<1.23"]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode != 0 and re.search(r"new connection|name resolution|unreachable|timed out", done.stderr):
-        pytest.skip(f"qonnx cannot be downloaded: {done.stderr.splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return python
+def qonnx_python() -> Path:
+    """The interpreter of an environment with qonnx, which cannot live beside onnx 1.23."""
+    return environment("qonnx", "qonnx>=1,<2", "onnx<1.23")
 
 
 def run_qonnx(python: Path, path: Path, images: Tensor, *flags: str) -> dict[str, Any]:
     """What qonnx makes of a file and of normalised pictures (N, C, H, W)."""
     np.save(path.with_suffix(".npy"), images.numpy())
     result = path.with_suffix(".json")
-    script = Path(__file__).with_name("run_in_qonnx.py")
-    arguments = [str(part) for part in (python, script, path, path.with_suffix(".npy"), result, *flags)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script = Path(__file__).with_name("qonnx_reader.py")
+    run_in(python, script, path, path.with_suffix(".npy"), result, *flags)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 

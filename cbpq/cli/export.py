@@ -20,7 +20,11 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="File to write, or folder for c.", rich_help_panel=common.OUTPUT
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="File to write, or folder for c and coreml.",
+            rich_help_panel=common.OUTPUT,
         ),
     ] = None,
     format: Annotated[
@@ -28,8 +32,8 @@ def command(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="state-dict, onnx, qonnx, torchao, pt2 or c (a folder); unless given, by the ending of OUT: .pth and "
-            ".safetensors mean state-dict, .onnx means onnx, .pt2 is pt2.",
+            help="state-dict, onnx, qonnx, torchao, pt2, coreml or c (a folder); unless given, by the ending of OUT: "
+            ".pth or .safetensors for state-dict, .onnx for onnx, .pt2, .mlpackage.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -51,8 +55,8 @@ def command(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Run the result in what it is meant for (onnxruntime, torchao, a C compiler) before it is written; "
-            "done unless refused.",
+            help="Run the result in what it is meant for (onnxruntime, torchao, a C compiler), or read it "
+            "(coremltools), before it is written; done unless refused.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -99,6 +103,7 @@ def command(
       cbpq export out/model.safetensors --format qonnx -o resnet18.onnx
       cbpq export out/model.safetensors --format c -o resnet18_c
       cbpq export out/model.safetensors --hardware-report resnet18_hardware --data imagenet/
+      cbpq export out/model.safetensors -o resnet18.mlpackage
     """
     from cbpq.exports import FORMATS, check_request, export
 

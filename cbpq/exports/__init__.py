@@ -7,7 +7,7 @@ returns an `Exported`. A new one is a new module and a new row of ``FORMATS``. N
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cbpq import fileformat
@@ -61,9 +61,9 @@ class Format:
         function: ``module:name``; called as ``(file, out, **options)``.
         needs_network: call it as ``(model, file, spec, out, **options)`` instead.
         variants: options that are on or off; where one is on, this other function is called, with the network.
-        extensions: what ``out`` may end with; none for a folder, which may have any name.
+        extensions: what ``out`` may end with; none if it may have any name.
         by_ending: whether an ``out`` with such an ending, and nothing else said, means this format.
-        files: the names of what is in such a folder.
+        files: what is in ``out``, by path, if that is a folder.
         extra: the optional part it belongs to, as in ``pip install "cbpq[extra]"``; empty if none.
         modules: the packages that this part installs and the target imports.
         options: keyword arguments it understands.
@@ -136,6 +136,16 @@ FORMATS: Mapping[str, Format] = {
         files=("network.h", "network.c", "main.c", "golden.h"),
         needs_network=True,
         options=("check", "activations", "data"),
+    ),
+    "coreml": Format(
+        summary="a Core ML package for Apple's systems, whose constrained weights are indices into palettes of levels",
+        function="cbpq.exports.coreml:export_coreml",
+        extensions=(".mlpackage",),
+        files=("Manifest.json", "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"),
+        needs_network=True,
+        extra="coreml",
+        modules=("coremltools",),
+        options=("check",),
     ),
     "hardware-report": Format(
         summary="a folder of what hardware has to do: operations, bits, ranges, energy, and golden vectors",
@@ -218,12 +228,13 @@ def float32_size(file: CbpqFile) -> int:
 
 
 def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:
+    if target.extensions and out.suffix not in target.extensions:
+        what = "folders" if target.files else "files"
+        endings = " or ".join(target.extensions)
+        raise UsageError(f"the export format {format} writes {what} that end in {endings}, not {out.name!r}")
     if target.files:
         _check_out_folder(out, target, overwrite)
         return
-    if out.suffix not in target.extensions:
-        endings = " or ".join(target.extensions)
-        raise UsageError(f"the export format {format} writes files that end in {endings}, not {out.name!r}")
     if out.is_dir():
         raise UsageError(f"{out} is a folder; name a file to write")
     if not out.parent.is_dir():
@@ -234,8 +245,12 @@ def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:
 
 def _check_out_folder(out: Path, target: Format, overwrite: bool) -> None:
     """An old export may be replaced; a folder with anything else in it is not touched."""
+    paths = [PurePosixPath(name) for name in target.files]
+    expected = {str(part) for path in paths for part in (path, *path.parents)}
     try:
-        inside = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        inside = any(out.iterdir()) if out.exists() else False
+        found = (path.relative_to(out).as_posix() for path in out.rglob("*"))
+        other = next((name for name in found if name not in expected), None) if inside else None
         parent = out.absolute().parent.is_dir()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -244,8 +259,8 @@ def _check_out_folder(out: Path, target: Format, overwrite: bool) -> None:
         raise UsageError(f"the folder {out.parent} does not exist; create it first or choose another")
     if inside and not overwrite:
         raise UsageError(f"{out} exists; choose another name or allow overwriting")
-    if others := [name for name in inside if name not in target.files]:
-        raise UsageError(f"{out} holds {others[0]}, which is no part of such an export; name another folder")
+    if other:
+        raise UsageError(f"{out} holds {other}, which is no part of such an export; name another folder")
 
 
 def _network(file: CbpqFile, model: "nn.Module | None", spec: "InputSpec | None") -> "tuple[nn.Module, InputSpec]":

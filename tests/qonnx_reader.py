@@ -1,6 +1,6 @@
 """Run in an environment of its own, with qonnx: clean an exported network up, count its cost, execute it.
 
-``python run_in_qonnx.py NETWORK.onnx IMAGES.npy RESULT.json [--whole-batch]``; the images are float32 (N, C, H, W).
+``python qonnx_reader.py NETWORK.onnx IMAGES.npy RESULT.json [--whole-batch]``; the images are float32 (N, C, H, W).
 They go through the network one by one, or with ``--whole-batch`` all at once, the batch size changed by qonnx itself.
 """
 
