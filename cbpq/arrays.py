@@ -7,7 +7,6 @@ Plain ``images`` and ``labels`` are the training split of a file that has no spl
 
 import math
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from cbpq.errors import DataError
 from cbpq.pictures import ArrayPictures, brief, no_labels, one_line
 
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, KeyError, zipfile.BadZipFile, zlib.error)
+_MOST_EXPANSION = 1032  # of deflate: more than this many bytes never come out of one (zlib's technical notes)
+_LONGEST_HEADER = 2**16
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def split_names(path: Path) -> tuple[str, ...]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.removesuffix(".npy") for name in archive.namelist()}
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile raises many kinds on damaged archives
         raise DataError(f"{one_line(path)} cannot be read as a .npz file ({brief(error)})") from error
     found = tuple(split for split in ("train", "val", "test") if f"{split}_images" in members)
     if not found and "images" in members:
@@ -69,9 +69,11 @@ def read_split(path: Path, split: str) -> ArrayPictures:
                 _check_labels(path, labels_name, _header(archive, labels_name), name, header.shape[0])
                 labels = _read(archive, labels_name)
             images = _read(archive, name)
+    except DataError:
+        raise
     except MemoryError as error:
         raise DataError(f"the images of the {split} split of {one_line(path)} do not fit into memory") from error
-    except _DAMAGE as error:
+    except Exception as error:  # so do zlib, NumPy and the tokenizer of Python that NumPy reads headers with
         raise DataError(f"{one_line(path)} is damaged at its {split} split ({brief(error)})") from error
     labels = labels.reshape(-1)
     if labels.size and labels.max() > np.iinfo(np.int64).max:
@@ -104,19 +106,31 @@ def _check_labels(path: Path, name: str, labels: _Header, images_name: str, imag
 def _header(archive: zipfile.ZipFile, name: str) -> _Header:
     """Shape and type of a member; ValueError if it holds objects or is not as long as it says."""
     member = archive.getinfo(f"{name}.npy")
+    _check_member(archive, member)
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         if version == (1, 0):
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
+        elif version == (2, 0) and int.from_bytes(stream.read(4), "little") <= _LONGEST_HEADER:
+            stream.seek(-4, 1)
             shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
         else:
-            raise ValueError(f"{name} has an unknown .npy version {version}")
+            raise ValueError(f"{name} has an unknown .npy header, version {version}")
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are never loaded")
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
             raise ValueError(f"{name} is {member.file_size} bytes long, which does not fit its shape {shape}")
     return _Header(shape, dtype)
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """ValueError if the archive cannot hold as many bytes as its directory says: nothing may be allocated for them."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed as NumPy never does it")
+    size = archive.fp.seek(0, 2) if archive.fp is not None else 0
+    most = _MOST_EXPANSION if member.compress_type == zipfile.ZIP_DEFLATED else 1
+    if member.compress_size > size or member.file_size > most * member.compress_size:
+        raise ValueError(f"{member.filename} is said to hold {member.file_size} bytes, which do not fit into the file")
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -31,7 +31,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     Raises:
         CbpqError: the folder is missing or not writable, the disk is full, or ``path`` is no regular file.
     """
-    with _writing(path):
+    with writing(path):
         target = path.resolve()
         if target.is_symlink() or (target.exists() and not target.is_file()):
             # a loop of links; or a device, and root replacing /dev/null by a file would be a disaster
@@ -49,7 +49,7 @@ def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         CbpqError: the place cannot be written to, the disk is full, or ``path`` is no folder.
     """
-    with _writing(path):
+    with writing(path):
         target = path.resolve()
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise OSError(errno.EEXIST, "a file has this name")
@@ -73,8 +73,12 @@ def atomic_write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say in one line what keeps ``path`` from being written."""
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what keeps ``path`` from being written.
+
+    Raises:
+        CbpqError: an operation inside failed; the message has the system's reason.
+    """
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:

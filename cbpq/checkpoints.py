@@ -7,13 +7,14 @@ Nothing in a file is ever executed: pickles are read with ``weights_only=True``.
 import argparse
 import hashlib
 import json
+import mmap
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "networ
 _WRAPPING_PREFIXES = ("_orig_mod.", "module.")  # torch.compile; data parallel
 _NAME_KEYS = ("architecture", "arch", "model_name", "model")
 _DICTIONARIES = ("arguments", "input_spec")
+_BYTES = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")  # in a pickle: torch would allocate as many as it says
+_LARGEST_METADATA = 10_000  # values; a pickle of a few hundred bytes can nest its lists to billions
 _RESAVE = "re-save only its weights, torch.save(model.state_dict(), ...), where the code that made it is trusted"
 
 
@@ -90,7 +93,31 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, Any]]:
     return _read_pickle(path)
 
 
+def claims_more_memory(data: bytes | mmap.mmap, file: IO[bytes]) -> bool:
+    """Whether ``torch.load`` would take more memory than a file has bytes; what ``torch.save`` writes never does.
+
+    Args:
+        data: the whole file.
+        file: the same, open.
+
+    Raises:
+        zipfile.BadZipFile: it begins as an archive, but is none.
+    """
+    if _BYTES.search(data):
+        return True
+    if data[:2] != b"PK":
+        return False
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    return compressed or sum(entry.file_size for entry in entries) > len(data)
+
+
 def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        more = claims_more_memory(data, file)
+    if more:
+        raise SourceError(f"{path} is compressed or claims bytes that it has not, as torch.save never does; {_RESAVE}")
     try:
         # timm's and torchvision's training scripts keep their command line as a Namespace, which is plain data
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
@@ -153,7 +180,7 @@ def _note_metadata(content: Mapping[Any, Any], metadata: dict[str, Any]) -> None
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    if isinstance(args, dict):
+    if isinstance(args, dict) and _is_small(args):
         metadata["args"] = args
         if {"arch", "version", "state_dict"} <= set(content):  # the three that timm's saver always writes
             metadata["saver"] = "timm"
@@ -162,8 +189,22 @@ def _note_metadata(content: Mapping[Any, Any], metadata: dict[str, Any]) -> None
             if isinstance(place.get(key), str):
                 metadata.setdefault("architecture", place[key])
     for key in _DICTIONARIES:
-        if isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict) and _is_small(content[key]):
             metadata.setdefault(key, content[key])
+
+
+def _is_small(value: Any) -> bool:
+    """Whether it can be walked through, and shown, in no time."""
+    left = [value]
+    for _ in range(_LARGEST_METADATA):
+        if not left:
+            return True
+        inner = left.pop()
+        if isinstance(inner, Mapping):
+            left += [*inner.keys(), *inner.values()]
+        elif isinstance(inner, (list, tuple, set)):
+            left += inner
+    return False
 
 
 def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

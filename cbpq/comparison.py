@@ -16,8 +16,9 @@ from cbpq.atomic import atomic_write
 from cbpq.errors import UsageError
 from cbpq.events import Event
 from cbpq.levels import level_set
+from cbpq.locking import check_free, held
 from cbpq.methods import METHODS, method_class
-from cbpq.outputs import state_file, writing
+from cbpq.outputs import state_file
 from cbpq.pipeline import execute
 from cbpq.planning import FREE_SETTINGS, Plan, plan
 from cbpq.report import plain
@@ -85,33 +86,33 @@ def compare_methods(
     _claim(output, cells, resume=resume, overwrite=overwrite)
     done: list[Outcome] = []
     comparison: Comparison | None = None
-    for number, cell in enumerate(cells, 1):
-        on_run(number, len(cells), cell, done)
-        folder = output / "runs" / cell.folder
-        seeded = [*settings, ("the comparison", {"seed": cell.seed})]
-        unfinished = state_file(folder).exists() and not overwrite
-        job = plan(
-            source,
-            data=data,
-            constraint=cell.constraint,
-            method=cell.method,
-            settings=seeded,
-            command=command,
-            resume=unfinished,
-            **choices,
-        )
-        if overwrite or not (folder / "report.json").exists():
-            execute(job, folder, resume=unfinished, overwrite=overwrite, listener=listener, should_stop=should_stop)
-        report = json.loads((folder / "report.json").read_text())
-        _check_same(report, job, folder)
-        done.append(outcome_of(report, cell, folder))
-        comparison = comparison_of(report, job, done, command, earlier)
-        texts = {
-            "comparison.json": json.dumps(comparison.to_dict(), indent=1),
-            "comparison.md": comparison.to_markdown(),
-        }
-        for name, text in texts.items():
-            with writing(output / name):
+    with held(output):
+        for number, cell in enumerate(cells, 1):
+            on_run(number, len(cells), cell, done)
+            folder = output / "runs" / cell.folder
+            seeded = [*settings, ("the comparison", {"seed": cell.seed})]
+            unfinished = state_file(folder).exists() and not overwrite
+            job = plan(
+                source,
+                data=data,
+                constraint=cell.constraint,
+                method=cell.method,
+                settings=seeded,
+                command=command,
+                resume=unfinished,
+                **choices,
+            )
+            if overwrite or unfinished or not (folder / "report.json").exists():
+                execute(job, folder, resume=unfinished, overwrite=overwrite, listener=listener, should_stop=should_stop)
+            report = json.loads((folder / "report.json").read_text())
+            _check_same(report, job, folder)
+            done.append(outcome_of(report, cell, folder))
+            comparison = comparison_of(report, job, done, command, earlier)
+            texts = {
+                "comparison.json": json.dumps(comparison.to_dict(), indent=1),
+                "comparison.md": comparison.to_markdown(),
+            }
+            for name, text in texts.items():
                 atomic_write(output / name, text.encode())
     if comparison is None:
         raise UsageError("there is nothing to compare")
@@ -150,7 +151,8 @@ def _claim(output: Path, cells: Sequence[Cell], *, resume: bool, overwrite: bool
         raise UsageError("--resume and --overwrite contradict each other: go on, or start again?")
     if output.exists() and not output.is_dir():
         raise UsageError(f"the output {output} is a file; name a folder")
-    begun = [cell for cell in cells if any((output / "runs" / cell.folder).glob("*"))]
+    check_free(output)
+    begun = [cell for cell in cells if any((output / "runs" / cell.folder).glob("[!.]*"))]
     if begun and not (resume or overwrite):
         raise UsageError(
             f"{output} already holds {len(begun)} of the {len(cells)} runs; use --resume to go on with them, "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cbpq.data import EvalLoader
 from cbpq.errors import CbpqError, DataError, UsageError
+from cbpq.loaders import deaths_explained
 from cbpq.models import logits
 from cbpq.pictures import NO_LABEL
 from cbpq.splits import misfit
@@ -152,7 +153,7 @@ def predict(
     layout: torch.memory_format | None = None  # this too
     started = time.perf_counter()
     # no_grad, not inference_mode: tensors a network keeps (position tables, say) must stay usable for training
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad(), deaths_explained():
         for batch in loader:
             images = batch.images.to(target)
             layout = layout or image_format(model, images)

@@ -51,4 +51,4 @@ Event = Phase | Tick | Evaluated | Saved | Resumed | Step | EpochEnd
 class Interrupted(CbpqError):
     """The run was asked to stop."""
 
-    exit_code = 130
+    exit_code = 130  # 143 where SIGTERM asked

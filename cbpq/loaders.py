@@ -4,9 +4,14 @@ What a training batch holds is a function of (seed, epoch, position in the epoch
 processes, of the batch an epoch is taken up at, or of any global random state, which is left untouched.
 """
 
+import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +35,7 @@ from cbpq.transforms import (
 )
 
 Indices = NDArray[np.int64]
+GRACE = 60  # seconds that worker processes outlive SIGTERM, time for the run to make its step and save
 
 
 @dataclass
@@ -116,20 +122,14 @@ class PictureSource:
             sampler=[(samples, epoch) for samples in plan],
             num_workers=min(self._workers, len(plan)),
             collate_fn=_as_it_is,
-            worker_init_fn=_leave_interrupts_to_parent,
+            worker_init_fn=_follow_parent,
             generator=torch.Generator(),
         )
-        try:
+        with deaths_explained():
             for result in loader:
                 if isinstance(result, DataError):
                     raise result
                 yield result
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise DataError(
-                "a data-loading worker process died, most likely for lack of (shared) memory; use fewer --workers"
-            ) from error
 
 
 class _BatchDataset(Dataset[Tensor | DataError]):
@@ -239,6 +239,24 @@ class EvalBatches:
         return [everything[start:][: self.batch_size] for start in range(0, len(everything), self.batch_size)]
 
 
+@contextlib.contextmanager
+def deaths_explained() -> Iterator[None]:
+    """Say in one line that a worker process died. torch raises that wherever this process happens to be just then, so
+    this belongs around all that is done with batches, too.
+
+    Raises:
+        DataError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            "a data-loading worker process died, most likely for lack of (shared) memory; use fewer --workers"
+        ) from error
+
+
 def batches_per_epoch(images: int, batch_size: int) -> int:
     """Full batches, or one short one if there are fewer images than that."""
     return max(1, images // batch_size)
@@ -258,6 +276,24 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
-    # A terminal sends Ctrl-C to all processes; a reader that died of it would keep the run from being saved.
+def _follow_parent(worker: int) -> None:
+    # Terminals send Ctrl-C and schedulers SIGTERM to all processes; readers that died of it would keep the run from
+    # being saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+    # torch asks for this too, but takes for the parent who started the process: a server that may live on for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    # not never: it may come from the parent, which at its own end waits for its children
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.alarm(GRACE)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)

@@ -48,7 +48,7 @@ def from_torchvision(architecture: Architecture, overrides: Overrides) -> Loaded
     """A network with the weights that torchvision publishes as its default."""
     entry, _ = torchvision_entry(architecture.name, None)
     try:
-        state = entry.get_state_dict(progress=False, check_hash=True)
+        state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib, sockets, the file system, a wrong hash
         raise SourceError(_not_fetched(str(architecture), error)) from error
     found = fit(architecture, state, {}, _size(overrides))

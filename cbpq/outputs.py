@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cbpq.errors import CbpqError, UsageError
+from cbpq.atomic import writing
+from cbpq.errors import UsageError
+from cbpq.locking import check_free, held
 
 RESULTS = ("model.safetensors", "report.json", "report.md", "events.jsonl", "settings.toml")
 
@@ -29,11 +31,17 @@ def claim_output(output: Path, *, resume: bool = False, overwrite: bool = False)
     """Make sure that a run may write into ``output``, before any work is done. Leaves nothing behind.
 
     Raises:
-        UsageError: it holds a result or an unfinished run, and neither ``resume`` nor ``overwrite`` was asked for.
+        UsageError: another run is writing to it; or it holds a result or an unfinished run, and neither ``resume`` nor
+            ``overwrite`` was asked for.
         CbpqError: it cannot be written to.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other: go on with the run, or start again?")
+    check_free(output)
+    _check_content(output, resume, overwrite)
+
+
+def _check_content(output: Path, resume: bool, overwrite: bool) -> None:
     try:
         if output.exists() and not output.is_dir():
             raise UsageError(f"the output {output} is a file; name a folder")
@@ -56,32 +64,27 @@ def claim_output(output: Path, *, resume: bool = False, overwrite: bool = False)
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say in one line what keeps ``path`` from being written."""
-    try:
-        yield
-    except OSError as error:
-        raise CbpqError(
-            f"cannot write {path} ({error.strerror}); make room for it, or choose another place with -o"
-        ) from error
+def working_in(output: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep ``output`` for this run and make the working folder, an empty one unless ``resume``. If the run fails before
+    it has saved anything, whatever was made is taken back.
 
-
-@contextlib.contextmanager
-def working_in(output: Path) -> Iterator[None]:
-    """Make the working folder; if the run fails before it has saved anything, take back whatever was made."""
+    Raises:
+        UsageError: as ``claim_output``.
+        CbpqError: as ``claim_output``.
+    """
     work = working_folder(output)
-    made = [folder for folder in (work, *work.absolute().parents) if not folder.exists()]
-    try:
-        with writing(work):
-            work.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        if not state_file(output).exists():
+    with held(output):
+        _check_content(output, resume, overwrite)  # again: another run may have ended meanwhile
+        if not resume:
             shutil.rmtree(work, ignore_errors=True)
-            for folder in made[1:]:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-        raise
+        try:
+            with writing(work):
+                work.mkdir(exist_ok=True)
+            yield
+        except BaseException:
+            if not state_file(output).exists():
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def publish(output: Path) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -19,17 +18,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from cbpq import stages
-from cbpq.atomic import atomic_write, remove_leftovers
-from cbpq.checkpoint import load_checkpoint, save_checkpoint
+from cbpq.atomic import atomic_write, remove_leftovers, writing
+from cbpq.checkpoint import load_checkpoint, save_checkpoint, understood
 from cbpq.compensation import Rounding, Start, round_network
 from cbpq.data import Data, synthetic_data
 from cbpq.devices import PeakMemory
-from cbpq.errors import TrainingError, UsageError
+from cbpq.errors import DataError, TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
 from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
+from cbpq.loaders import deaths_explained
 from cbpq.model_file import save
 from cbpq.noise import signal_to_noise
-from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in, writing
+from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 from cbpq.report import Report, Stage, plain
@@ -95,7 +95,8 @@ def execute(
     if job.data is not None and job.data.train is None:
         raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
     claim_output(output, resume=resume, overwrite=overwrite)
-    return _Execution(job, output, resume, listener, should_stop).run()
+    with deaths_explained(), working_in(output, resume=resume, overwrite=overwrite):
+        return _Execution(job, output, resume, listener, should_stop).run()
 
 
 class _Execution:
@@ -124,33 +125,33 @@ class _Execution:
 
     def run(self) -> Report:
         """The job, from the first measurement to the last file."""
-        if not self.resume:
-            shutil.rmtree(self.work, ignore_errors=True)
         state = load_checkpoint(self.state_path, self.job.identity()) if self.state_path.exists() else None
-        with working_in(self.output):
-            remove_leftovers(self.work)
-            self._start_log(state["log"] if state else [])
-            network = self.job.loaded.model.to(self.job.device)
-            teacher = copy.deepcopy(network).eval().requires_grad_(False)
-            if state:
+        remove_leftovers(self.work)
+        network = self.job.loaded.model.to(self.job.device)
+        teacher = copy.deepcopy(network).eval().requires_grad_(False)
+        if state:
+            with understood(self.state_path):
                 self._take_back(state, network)
-            self._get_pictures(teacher)
-            if self.original is None:
-                self.original = self._measure("original", teacher)
-                self._save(network)
-            if state is None or state["run"] is None:
-                self._before_training(network, teacher)
-            run = self._prepare(network, teacher)
-            if state and state["run"] is not None:
+        self._start_log()
+        self._get_pictures(teacher)
+        if self.original is None:
+            self.original = self._measure("original", teacher)
+            self._save(network)
+        if state is None or state["run"] is None:
+            self._before_training(network, teacher)
+        run = self._prepare(network, teacher)
+        if state and state["run"] is not None:
+            with understood(self.state_path):
                 run.load_state_dict(state["run"])
-                self._emit(Resumed(run.epoch + 1, run.step))
-            else:
-                self._save(network, run)
-            self._train(run)
-            return self._conclude(run, teacher)
+            self._emit(Resumed(run.epoch + 1, run.step))
+        else:
+            self._save(network, run)
+        self._train(run)
+        return self._conclude(run, teacher)
 
     def _take_back(self, state: Mapping[str, Any], network: nn.Module) -> None:
-        self.seconds, self.measured = state["seconds"], state["measured"]
+        self.log = list(state["log"])
+        self.seconds, self.measured = dict(state["seconds"]), state["measured"]
         self.original = Predictions.from_state(state["original"]) if state["original"] else None
         self.pictures = state["pictures"]
         self.stages = [Stage(**values) for values in state["stages"]]
@@ -265,16 +266,20 @@ class _Execution:
         self._measure_epoch(run)  # what was interrupted before it could
         if settings.epochs:
             self._emit(training)
-        for event in train(run):
-            self._emit(event)
-            stop = self.should_stop()
-            if stop or isinstance(event, EpochEnd) or run.seconds - saved_at >= 60 * settings.checkpoint_minutes:
-                self._save(run.model, run)
-                saved_at = run.seconds
-            if stop:
-                raise Interrupted(f"stopped in epoch {run.epoch + 1}; everything is saved, go on with --resume")
-            if self._measure_epoch(run):
-                self._emit(training)
+        try:
+            for event in train(run):
+                self._emit(event)
+                stop = self.should_stop()
+                if stop or isinstance(event, EpochEnd) or run.seconds - saved_at >= 60 * settings.checkpoint_minutes:
+                    self._save(run.model, run)
+                    saved_at = run.seconds
+                if stop:
+                    raise Interrupted(f"stopped in epoch {run.epoch + 1}; everything is saved, go on with --resume")
+                if self._measure_epoch(run):
+                    self._emit(training)
+        except DataError:  # between two steps: pictures that vanished, say, may be back for --resume
+            self._save(run.model, run)
+            raise
         self.seconds[TRAINED] = run.seconds
         self.training_memory = memory.bytes()
 
@@ -362,9 +367,8 @@ class _Execution:
         with writing(path), path.open("a") as stream:
             stream.write(line)
 
-    def _start_log(self, lines: list[str]) -> None:
-        self.log = list(lines)
-        atomic_write(self.work / "events.jsonl", "".join(lines).encode())
+    def _start_log(self) -> None:
+        atomic_write(self.work / "events.jsonl", "".join(self.log).encode())
 
     def _save(self, network: nn.Module, run: Run | None = None) -> None:
         if run is not None and not is_finite(run):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from cbpq.atomic import writing
 from cbpq.errors import MissingPartError
-from cbpq.outputs import writing
 from cbpq.standings import Comparison, Outcome
 
 

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cbpq.atomic import writing
 from cbpq.errors import CbpqError, UsageError
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
-from cbpq.outputs import writing
 from cbpq.tracing import batch_norms, untouched, unwrapped
 
 SHARED = 0.8  # share of the variance of noise that all channels have in common: photographs are mostly light and shade

@@ -66,9 +66,9 @@ def refused(outcome: Outcome, code: int, *parts: str) -> str:
     assert outcome.code == code, outcome.err
     errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, outcome.err
-    assert outcome.err.splitlines()[-1] == errors[0]
-    assert "Traceback" not in outcome.err
-    assert "bug in cbpq" not in outcome.err
+    assert outcome.err.splitlines()[-1] == errors[0], outcome.err
+    assert "Traceback" not in outcome.err, outcome.err
+    assert "bug in cbpq" not in outcome.err, outcome.err
     for part in parts:
         assert part in errors[0]
     return errors[0]
@@ -151,3 +151,23 @@ def report_of(output: Path | str) -> dict[str, Any]:
 def events_of(output: Path) -> list[dict[str, Any]]:
     """The events of a run, from its file."""
     return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+
+
+def story(output: Path) -> list[dict[str, Any]]:
+    """The events, without what has to differ: times, and where the run was saved and resumed."""
+    timeless = []
+    for event in events_of(output):
+        if event["event"] in ("Saved", "Resumed"):
+            continue
+        event = {name: value for name, value in event.items() if name not in ("seconds", "images_per_second")}
+        if "result" in event:
+            event["result"] = {name: value for name, value in event["result"].items() if name != "images_per_second"}
+        timeless.append(event)
+    return timeless
+
+
+def same_result(output: Path, unbroken: Path) -> None:
+    """Check that a run which was broken ended as if nothing had happened."""
+    assert set(contents(output)) == RESULTS
+    assert contents(output)["model.safetensors"] == contents(unbroken)["model.safetensors"]
+    assert story(output) == story(unbroken)

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "cbpq"
 # Each row may import from itself and from the rows above it.
 ROWS = (
     ("", "errors"),
-    ("inputs", "packing", "atomic", "container", "outputs"),
+    ("inputs", "packing", "atomic", "container", "locking", "outputs"),
     ("levels", "scales", "rounding", "fileformat"),
     ("methods", "presets", "configuration"),
     (

@@ -1,6 +1,7 @@
 """The command line: one file per command, each a thin wrapper over a plain function of the library.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 a gate was not met, 4 an optional part or a device is missing, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage, 3 a gate was not met, 4 an optional part or a device is missing, 130 interrupted,
+143 ended by SIGTERM.
 """
 
 import errno
@@ -58,7 +59,8 @@ def _root(
 ) -> None:
     """Lead every weight of a pretrained image classifier to one of a few allowed values.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 a gate was missed, 4 a part or device is missing, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 a gate was missed, 4 a part or device is missing, 130 interrupted,
+    143 ended by SIGTERM.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -86,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message, code = explain(error)
         line = printable(" ".join(message.split()))
-        stderr().print(
-            f"{'interrupted' if code == 130 else 'error'}: {line}", markup=False, soft_wrap=True, style="red"
-        )
+        stderr().print(f"{'interrupted' if code > 128 else 'error'}: {line}", markup=False, soft_wrap=True, style="red")
         return code
     if code == 130:
         stderr().print("interrupted")

@@ -1,5 +1,8 @@
-"""What ``cbpq quantize`` shows while it works: a live display on a terminal, plain lines elsewhere. And Ctrl-C."""
+"""What ``cbpq quantize`` shows while it works: a live display on a terminal, plain lines elsewhere. And what it does
+when it is asked to stop.
+"""
 
+import contextlib
 import math
 import signal
 import time
@@ -22,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cbpq.cli.common import note, print_json, warn
-from cbpq.events import Evaluated, Event, Phase, Resumed, Saved, Tick
+from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
 from cbpq.planning import Plan
 from cbpq.sections import percent
 from cbpq.training import EpochEnd, Step
@@ -33,7 +36,8 @@ PLAIN_SECONDS = 20  # between two lines of progress where there is no terminal
 class Display:
     """Shows events; a context manager, so that the terminal is always given back as it was.
 
-    The first Ctrl-C asks the run to save and stop, the second ends it at once.
+    The first Ctrl-C asks the run to save and stop, the second ends it at once. SIGTERM, which schedulers send before
+    they kill, asks for the same; more of them change nothing, since some send it to several processes.
     """
 
     def __init__(self, console: Console) -> None:
@@ -54,11 +58,12 @@ class Display:
         self._live = Live(self._screen(), console=console, refresh_per_second=4, transient=True)
         self._interactive = console.is_terminal and not console.quiet
         self._said_at = time.monotonic()
-        self._stop = False
-        self._previous_handler: Any = None
+        self._signal = 0  # that asked to stop
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "Display":
-        self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous_handlers[number] = signal.signal(number, self._on_signal)
         if self._interactive:
             self._live.start()
         return self
@@ -68,17 +73,22 @@ class Display:
     ) -> None:
         if self._interactive:
             self._live.stop()
-        signal.signal(signal.SIGINT, self._previous_handler)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, Interrupted) and self._signal:
+            error.exit_code = 128 + self._signal  # as shells say it
 
     def should_stop(self) -> bool:
-        """Whether Ctrl-C was pressed."""
-        return self._stop
+        """Whether Ctrl-C was pressed, or SIGTERM came."""
+        return bool(self._signal)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._signal:
+            self._signal = number
+            with contextlib.suppress(RuntimeError, OSError):  # in the middle of another line; nobody listens
+                note(self._console, "stopping after this step; Ctrl-C again to stop at once")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop = True
-        note(self._console, "stopping after this step; Ctrl-C again to stop at once")
 
     def show(self, event: Event) -> None:
         """Show one event."""

@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cbpq.atomic import atomic_write
+from cbpq.atomic import atomic_write, writing
 from cbpq.comparison import Cell, comparison_of, differences, score_of
 from cbpq.compensation import Rounding, round_network
 from cbpq.configuration import combine
@@ -45,7 +45,6 @@ from cbpq.data import Data
 from cbpq.devices import PeakMemory
 from cbpq.errors import CbpqError, UsageError, require_extra
 from cbpq.evaluation import compare, predict, summarize
-from cbpq.outputs import writing
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.recipe import make_optimizer
 from cbpq.report import plain
