@@ -266,20 +266,24 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str, remedy: 
         raise SourceError(f"{what} do not fit together: {problem}; {remedy}")
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str, *, assign: bool = False
+) -> None:
     """Copy ``state`` into ``model``, every entry and nothing else; ``what`` and ``remedy`` as in ``check_fit``.
+
+    With ``assign`` its tensors take the place of the model's own, where they are of the same type.
 
     Raises:
         SourceError: they do not fit.
     """
     check_fit(model, state, what, remedy)
     expected = model.state_dict()
-    complete = OrderedDict((name, state.get(name, tensor)) for name, tensor in expected.items())
+    complete = OrderedDict((name, state.get(name, tensor).to(tensor.dtype)) for name, tensor in expected.items())
     # The names were checked against this very network, so they are of its own version. A state dict without version
     # numbers, such as one from safetensors, would be taken for an old one and altered (torchvision's MNASNet).
     complete._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined] # where torch keeps versions
     try:
-        model.load_state_dict(complete)
+        model.load_state_dict(complete, assign=assign)
     except Exception as error:  # a network may override loading
         raise SourceError(f"{what} do not fit together: {one_line(error)}; {remedy}") from error
 

@@ -22,6 +22,8 @@ CHOICES: dict[str, Any] = {
     "augment": "auto",
     "device": "auto",
     "amp": False,
+    "pack": "bits",
+    "half": False,
 }
 
 Layer = tuple[str, dict[str, Any]]

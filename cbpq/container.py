@@ -1,13 +1,13 @@
 """The safetensors container of a cbpq file: its header, its tensors and its JSON, every byte of it distrusted."""
 
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
 
 MAX_HEADER = 2**24
 MAX_DIMENSIONS = 8
@@ -39,8 +39,8 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The metadata strings, and the length in bytes that the whole file should have."""
+def read_header(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The metadata strings, the header's unchecked entries by name, and where the buffer begins."""
     prefix = stream.read(8)
     if len(prefix) < 8:
         raise Flaw(f"only {len(prefix)} bytes long" if prefix else "is empty", _NOT_OURS)
@@ -52,35 +52,58 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
         raise Flaw(f"its header should have {length} bytes, but the file ends after {len(raw)}", _NOT_OURS)
     try:
         header = parse(raw.decode(), "its header", _NOT_OURS)
-        metadata = header.pop("__metadata__", {})
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if not isinstance(metadata, dict) or not all(isinstance(end, int) for end in ends):
-            raise TypeError
-    except (UnicodeDecodeError, LookupError, TypeError) as error:
+    except UnicodeDecodeError as error:
         raise Flaw("its header is not that of a safetensors file", _NOT_OURS) from error
-    return metadata, 8 + length + max(ends, default=0)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise Flaw("its header is not that of a safetensors file", _NOT_OURS)
+    return metadata, header, 8 + length
 
 
-def read_tensors(data: bytes) -> dict[str, NDArray[Any]]:
-    """All tensors of a whole file, in the machine's byte order and writable."""
-    try:
-        # checks that the tensors, each as long as its shape says, fill the buffer exactly
-        entries = deserialize(data)  # type: ignore[no-untyped-call]  # safetensors types only a part of itself
-    except SafetensorError as error:
-        raise Flaw(f"no sound safetensors file: {str(error).removeprefix('Error while deserializing: ')}") from error
+def read_tensors(stream: BinaryIO, entries: dict[str, Any], start: int) -> dict[str, NDArray[Any]]:
+    """All tensors, in the machine's byte order and writable; ``entries`` and ``start`` are those of `read_header`.
+
+    They are read one by one, so that no more is in memory than they take.
+    """
+    places = {name: _place(name, entry) for name, entry in entries.items()}
+    position = 0
+    for name, (_, _, begin, end) in sorted(places.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise Flaw(f"tensor {name!r} begins at byte {begin} of the buffer, where {position} was due")
+        position = end
+    actual = stream.seek(0, 2)
+    if actual != start + position:
+        raise Flaw(f"{actual} bytes long where its header promises {start + position}")
     tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in DTYPES or len(entry["shape"]) > MAX_DIMENSIONS:
-            raise Flaw(f"no cbpq file may have such a tensor: {entry['dtype']} {entry['shape']}, named {name!r}")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        if dtype == np.bool_ and max(entry["data"], default=0) > 1:
+    for name, (dtype, shape, begin, end) in places.items():
+        stream.seek(start + begin)
+        data = np.empty(end - begin, dtype=np.uint8)
+        if stream.readinto(data) != len(data):  # type: ignore[attr-defined]  # BinaryIO's class has no such method
+            raise Flaw(f"ends within tensor {name!r}")
+        if dtype == np.bool_ and (data > 1).any():
             raise Flaw(f"tensor {name!r} has booleans other than 0 and 1")
-        array = np.frombuffer(entry["data"], dtype.newbyteorder("<")).astype(dtype)
+        array = data.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
         try:
-            tensors[name] = array.reshape(entry["shape"])
-        except (ValueError, OverflowError) as error:  # [0, 2**63] is an empty tensor to safetensors, but not to numpy
-            raise Flaw(f"no machine could index the shape {entry['shape']} of tensor {name!r}") from error
+            tensors[name] = array.reshape(shape)
+        except (ValueError, OverflowError) as error:  # [0, 2**63] is an empty tensor, but not to numpy
+            raise Flaw(f"no machine could index the shape {shape} of tensor {name!r}") from error
     return tensors
+
+
+def _place(name: str, entry: object) -> tuple[np.dtype[Any], list[int], int, int]:
+    """Type, shape and place in the buffer of a tensor, its size checked."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise Flaw(f"tensor {name!r} needs dtype, shape and data_offsets in the header", _NOT_OURS)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise Flaw(f"tensor {name!r} has a shape or data_offsets that are no lists of whole numbers", _NOT_OURS)
+    if not isinstance(dtype, str) or dtype not in DTYPES or len(shape) > MAX_DIMENSIONS:
+        raise Flaw(f"no cbpq file may have such a tensor: {dtype} {shape}, named {name!r}")
+    kind = np.dtype(DTYPES[dtype])
+    if len(offsets) != 2 or offsets[1] - offsets[0] != kind.itemsize * math.prod(shape):
+        raise Flaw(f"tensor {name!r} of shape {shape} does not fit its data_offsets {offsets}")
+    return kind, shape, offsets[0], offsets[1]
 
 
 def dump(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The cbpq file, format version 1. This text is the specification; a reader needs nothing else.
+"""The cbpq file, format versions 1 and 2. This text is the specification; a reader needs nothing else.
 
 **Container.** A cbpq file is a safetensors file. All numbers in it are little-endian.
 
@@ -24,8 +24,8 @@ string ``cbpq`` is the document; other strings are ignored.
 ``metrics``, ``run`` and ``source`` are objects of any content. ``weights`` has an object for each constrained weight,
 with exactly the five keys above: ``shape``, 1 to 8 integers from 1 up, output channels first; ``levels``, 2 to 256
 integers, ascending, from −2²⁴ to 2²⁴; ``denominator``, an integer from 1 to 2²⁴; ``bits``, ⌈log₂(number of levels)⌉;
-``constraint``, a name for people, not empty. In the document and the header no object has a key twice, and there are
-no NaNs and no infinities.
+``constraint``, a name for people, not empty. A sixth key is there only as *Dense packing* says. In the document and the
+header no object has a key twice, and there are no NaNs and no infinities.
 
 **Constrained weights.** For a weight W, C = shape[0] and n = the product of the other dimensions (1 if there are none).
 
@@ -38,7 +38,19 @@ no NaNs and no infinities.
 - weight = float32(levels[index]) · (scale / float32(denominator)), both operations rounded to float32, and finite.
 - There is no tensor named W.
 
+**Dense packing.** A weight whose object has the key ``packing``, always ``"dense"``, differs in ``W.codes`` alone.
+``format_version`` is 2 if there is such a weight, else 1. With L levels, a word of B bytes takes k(B) indices, the
+largest k with L^k ≤ 256^B. B is that of 1, 2, 3 and 4 with the smallest B/k(B), of equal ones the smallest, and
+k = k(B): for 3 levels k = 5 and B = 1, for 5 levels 10 and 3, for 7 levels 11 and 4, for 9 levels 5 and 2. Only a
+weight with 8·B < k·bits may be packed like this; so never one of 2, 4 or 16 levels.
+
+- Row c is a sequence of words: ⌊n/k⌋ of k indices and, if r = n mod k is not 0, one of the last r. A word of m indices
+  i₀, i₁, … is the integer i₀ + i₁·L + i₂·L² + …, which is below L^m, with its least significant byte first. It has B
+  bytes if m = k, else b, the smallest b with L^r ≤ 256^b.
+- The shape of ``W.codes`` is [C, ⌊n/k⌋·B + b], with b = 0 if r = 0. There are no padding bits.
+
 **Other tensors.** Every other tensor is an entry of the network's state dict under its own name; all floats are finite.
+One that is float32 in the network may be ``F16`` here: its values are then those of the file, exactly.
 
 **Writing.** Equal content gives equal bytes. The document has sorted keys, no white space, and only the escapes that
 JSON demands. ``__metadata__`` comes first in the header and holds nothing but ``cbpq``; the tensors follow by dtype
@@ -50,13 +62,17 @@ does not know before it looks at anything else in the document.
 **Example.** The document above with the scales 0.5 and 2 and the codes (−4, 0, 4) and (1, −2, 2), that is the weights
 (−0.5, 0, 0.5) and (0.5, −1, 1): the indices are (0, 3, 6) and (4, 1, 5), the rows 0 + 3·2³ + 6·2⁶ = 0x0198 and
 4 + 1·2³ + 5·2⁶ = 0x014C; ``fc.weight.codes`` is 98 01 4C 01 and ``fc.weight.scale`` is 00 00 00 3F 00 00 00 40.
+
+A ternary weight of shape [2, 7] that is packed densely has the levels −1, 0, 1 and words of 5 indices in a byte. For
+the indices (2, 0, 1, 1, 2, 0, 2) and (0, 1, 2, 0, 1, 1, 1), the words are 2 + 0·3 + 1·9 + 1·27 + 2·81 = 0xC8 and
+0 + 2·3 = 0x06, then 0 + 1·3 + 2·9 + 0·27 + 1·81 = 0x66 and 1 + 1·3 = 0x04: ``W.codes`` is C8 06 66 04.
 """
 
+import io
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,76 +81,27 @@ from safetensors.numpy import save
 from cbpq import container
 from cbpq.atomic import atomic_write
 from cbpq.container import DTYPES, MAX_DIMENSIONS, MAX_HEADER, Flaw
+from cbpq.content import CbpqFile, ConstrainedTensor, PackedFile, PackedTensor, step_of
 from cbpq.errors import FileFormatError, UsageError
-from cbpq.packing import bits_for, pack, padding_is_zero, row_bytes, unpack
+from cbpq.packing import bits_for, dense_word, in_range, pack, unpack
 
-FORMAT_VERSION = 1
+__all__ = [
+    "CbpqFile",
+    "ConstrainedTensor",
+    "PackedFile",
+    "PackedTensor",
+    "decode",
+    "encode",
+    "is_cbpq_file",
+    "read",
+    "read_packed",
+    "write",
+]
+
+_BITS, _DENSE = 1, 2  # format versions: every weight packed by bits, some densely
+_KEYS = {"bits", "constraint", "denominator", "levels", "shape"}
 _MAX_INTEGER = 2**24  # every integer up to here is exact in float32
-
-
-@dataclass(frozen=True, eq=False)
-class ConstrainedTensor:
-    """One constrained weight. Shapes: ``codes`` as the weight, output channels (C) first; ``scale`` () or (C,)."""
-
-    codes: NDArray[np.signedinteger[Any]]  #: read from a file: int8 where the levels fit, else int32
-    scale: NDArray[np.float32]
-    levels: tuple[int, ...]  #: the codes that may occur, ascending
-    denominator: int
-    constraint: str
-
-    def weight(self) -> NDArray[np.float32]:
-        """The constrained weight, code · (scale / denominator) in float32, in the shape of ``codes``."""
-        step = self.step
-        if self.scale.ndim:
-            step = step.reshape(-1, *[1] * (self.codes.ndim - 1))
-        return np.asarray(self.codes.astype(np.float32) * step)
-
-    @property
-    def step(self) -> NDArray[np.float32]:
-        """What 1 is worth in the codes, of shape () or (C,)."""
-        return np.asarray(self.scale / np.float32(self.denominator))
-
-    @property
-    def bits(self) -> int:
-        """Bits that one weight takes in the file."""
-        return bits_for(len(self.levels))
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed codes, padding included, without the scale."""
-        return len(self.codes) * row_bytes(self.codes[0].size, self.bits)
-
-    @property
-    def histogram(self) -> tuple[int, ...]:
-        """How many weights have each level, in the order of ``levels``."""
-        return tuple(int(np.count_nonzero(self.codes == level)) for level in self.levels)
-
-    @property
-    def terms(self) -> int:
-        """How many powers of two the codes are sums of, all weights together: none for 0, one for −4, two for 3."""
-        return sum(abs(level).bit_count() * count for level, count in zip(self.levels, self.histogram, strict=True))
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights that are zero, 0 to 1."""
-        return 1 - np.count_nonzero(self.codes) / self.codes.size
-
-    @property
-    def entropy(self) -> float:
-        """Shannon entropy of the codes in bits per weight: what ideal compression of each code by itself would take."""
-        shares = [count / self.codes.size for count in self.histogram if count]
-        return abs(sum(share * math.log2(share) for share in shares))
-
-
-@dataclass(frozen=True, eq=False)
-class CbpqFile:
-    """The content of a cbpq file. The JSON objects hold nothing that differs between equal runs: no times, no paths."""
-
-    constrained: dict[str, ConstrainedTensor]  #: by state-dict name
-    others: dict[str, NDArray[Any]]  #: every other entry of the state dict
-    source: dict[str, Any]
-    run: dict[str, Any]
-    metrics: dict[str, Any]
+_CHECKED_AT_ONCE = 2**20  # indices
 
 
 def write(path: Path, file: CbpqFile) -> None:
@@ -145,14 +112,39 @@ def write(path: Path, file: CbpqFile) -> None:
         CbpqError: the place cannot be written to.
     """
     try:
+        data = encode(file)
+    except FileFormatError as error:
+        raise FileFormatError(f"cannot write {path}: {error}; nothing was written, correct the content") from error
+    atomic_write(path, data)
+
+
+def encode(file: CbpqFile) -> bytes:
+    """The bytes of a file with this content.
+
+    Raises:
+        FileFormatError: content that `read` would refuse.
+    """
+    try:
         tensors, text = _encode(file)
         _decode(tensors, text)  # the rules stand in one place: nothing is written that would not be read
         data = save(tensors, {"cbpq": text})
         if int.from_bytes(data[:8], "little") > MAX_HEADER:
             raise Flaw(f"names and metadata take more than {MAX_HEADER} bytes")
     except (Flaw, UsageError) as flaw:
-        raise FileFormatError(f"cannot write {path}: {flaw}; nothing was written, correct the content") from flaw
-    atomic_write(path, data)
+        raise FileFormatError(str(flaw)) from flaw
+    return data
+
+
+def decode(data: bytes) -> CbpqFile:
+    """The content of a file with these bytes.
+
+    Raises:
+        FileFormatError: they break any rule of this module's text.
+    """
+    try:
+        return _read(io.BytesIO(data)).unpacked()
+    except Flaw as flaw:
+        raise FileFormatError(f"{flaw}; {flaw.advice}") from flaw
 
 
 def read(path: Path) -> CbpqFile:
@@ -162,18 +154,19 @@ def read(path: Path) -> CbpqFile:
         UsageError: there is no such file.
         FileFormatError: the file breaks any rule of this module's text, or cannot be read.
     """
+    return read_packed(path).unpacked()
+
+
+def read_packed(path: Path) -> PackedFile:
+    """Read and check a whole cbpq file, in little more memory than it takes on the disk.
+
+    Raises:
+        UsageError: there is no such file.
+        FileFormatError: the file breaks any rule of this module's text, or cannot be read.
+    """
     try:
         with container.open_regular(path) as stream:
-            metadata, size = container.read_header(stream)
-            if "cbpq" not in metadata:
-                advice = "`cbpq quantize` makes a cbpq file from a model's weights"
-                raise Flaw("this is a plain safetensors file and no cbpq file", advice)
-            actual = stream.seek(0, 2)
-            if actual != size:
-                raise Flaw(f"{actual} bytes long where its header promises {size}")
-            stream.seek(0)
-            data = stream.read()
-        return _decode(container.read_tensors(data), metadata["cbpq"])
+            return _read(stream)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: no such file; check the path") from error
     except OSError as error:
@@ -191,6 +184,14 @@ def is_cbpq_file(path: Path) -> bool:
         return False
 
 
+def _read(stream: BinaryIO) -> PackedFile:
+    metadata, entries, start = container.read_header(stream)
+    if "cbpq" not in metadata:
+        advice = "`cbpq quantize` makes a cbpq file from a model's weights"
+        raise Flaw("this is a plain safetensors file and no cbpq file", advice)
+    return _decode(container.read_tensors(stream, entries, start), metadata["cbpq"])
+
+
 def _encode(file: CbpqFile) -> tuple[dict[str, NDArray[Any]], str]:
     """The tensors and the document of a file. Checks only what its own steps need; the rest is for `_decode`."""
     # np.ascontiguousarray would turn a scalar into a vector
@@ -204,6 +205,8 @@ def _encode(file: CbpqFile) -> tuple[dict[str, NDArray[Any]], str]:
             "levels": list(tensor.levels),
             "shape": list(tensor.codes.shape),
         }
+        if tensor.packing != "bits":
+            record["packing"] = tensor.packing
         _check_record(name, record)
         weights[name] = record
         table = np.array(tensor.levels)
@@ -212,14 +215,14 @@ def _encode(file: CbpqFile) -> tuple[dict[str, NDArray[Any]], str]:
         if not np.array_equal(table[indices], codes):
             raise Flaw(f"weight {name!r} has a code that is not one of its levels {tensor.levels}")
         scale: NDArray[Any] = np.asarray(tensor.scale, order="C")
-        parts = {f"{name}.codes": pack(indices, tensor.bits), f"{name}.scale": scale}
+        parts = {f"{name}.codes": pack(indices, tensor.word), f"{name}.scale": scale}
         if taken := tensors.keys() & {name, *parts}:
             raise Flaw(f"the name {min(taken)!r} is needed by the weight {name!r} and by another tensor")
         tensors |= parts
     for name, array in tensors.items():
         if name == "__metadata__" or array.dtype.name not in DTYPES.values() or array.ndim > MAX_DIMENSIONS:
             raise Flaw(f"no cbpq file may have such a tensor: {array.dtype} {array.shape}, named {name!r}")
-    document = {"format_version": FORMAT_VERSION, "weights": weights}
+    document = {"format_version": _version(weights), "weights": weights}
     try:
         container.dump(list(tensors))
         return tensors, container.dump(document | {"source": file.source, "run": file.run, "metrics": file.metrics})
@@ -227,14 +230,18 @@ def _encode(file: CbpqFile) -> tuple[dict[str, NDArray[Any]], str]:
         raise Flaw(f"names, source, run and metrics must be JSON ({error})") from error
 
 
-def _decode(tensors: dict[str, NDArray[Any]], text: object) -> CbpqFile:
+def _version(weights: dict[str, Any]) -> int:
+    return _DENSE if any("packing" in record for record in weights.values()) else _BITS
+
+
+def _decode(tensors: dict[str, NDArray[Any]], text: object) -> PackedFile:
     """The content of a file from its tensors and its document, every rule checked."""
     document = container.parse(text, "its metadata")
     version = document.get("format_version")
     if type(version) is not int or version < 1:
         raise Flaw("its metadata has no usable format_version")
-    if version != FORMAT_VERSION:
-        raise Flaw(f"format_version {version} is newer than {FORMAT_VERSION}, the last one known here", "update cbpq")
+    if version > _DENSE:
+        raise Flaw(f"format_version {version} is newer than {_DENSE}, the last one known here", "update cbpq")
     sections = {"source", "run", "metrics", "weights"}
     if document.keys() != {"format_version", *sections} or not all(isinstance(document[key], dict) for key in sections):
         raise Flaw(f"its metadata must be format_version and the objects {', '.join(sorted(sections))}")
@@ -246,32 +253,44 @@ def _decode(tensors: dict[str, NDArray[Any]], text: object) -> CbpqFile:
         if codes is None or scale is None or name in tensors:
             raise Flaw(f"weight {name!r} needs its own tensors .codes and .scale, and none by its bare name")
         constrained[name] = _decode_weight(name, record, codes, scale)
+    if version != _version(document["weights"]):
+        raise Flaw(f"its format_version {version} does not go with how its weights are packed")
     for name, array in others.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise Flaw(f"tensor {name!r} has a value that is not finite")
-    return CbpqFile(constrained, others, document["source"], document["run"], document["metrics"])
+    return PackedFile(constrained, others, document["source"], document["run"], document["metrics"])
 
 
-def _decode_weight(name: str, record: dict[str, Any], packed: NDArray[Any], scale: NDArray[Any]) -> ConstrainedTensor:
-    shape, levels, bits, denominator = record["shape"], record["levels"], record["bits"], record["denominator"]
-    rows, count = shape[0], math.prod(shape[1:])
+def _decode_weight(name: str, record: dict[str, Any], rows: NDArray[Any], scale: NDArray[Any]) -> PackedTensor:
+    shape, levels, denominator = record["shape"], record["levels"], record["denominator"]
+    packing = record.get("packing", "bits")
+    tensor = PackedTensor(rows, tuple(shape), scale, tuple(levels), denominator, record["constraint"], packing)
     # sizes first: nothing is allocated for a shape that the file does not fill
-    if packed.dtype != np.uint8 or packed.shape != (rows, row_bytes(count, bits)):
-        raise Flaw(f"weight {name!r} of shape {shape} does not fit its codes, {packed.dtype} {packed.shape}")
-    if scale.dtype != np.float32 or scale.shape not in ((), (rows,)):
+    if rows.dtype != np.uint8 or rows.shape != (shape[0], tensor.word.row_bytes(tensor.count)):
+        raise Flaw(f"weight {name!r} of shape {shape} does not fit its codes, {rows.dtype} {rows.shape}")
+    if scale.dtype != np.float32 or scale.shape not in ((), (shape[0],)):
         raise Flaw(f"weight {name!r} of shape {shape} does not fit its scale, {scale.dtype} {scale.shape}")
     with np.errstate(over="ignore"):
-        largest = scale / np.float32(denominator) * np.float32(max(-levels[0], levels[-1]))
+        largest = step_of(scale, denominator) * np.float32(max(-levels[0], levels[-1]))
     if not (np.isfinite(largest) & (scale >= 0)).all():
         raise Flaw(f"weight {name!r} has a scale that is negative, not finite or too large")
-    if not padding_is_zero(packed, bits, count):
-        raise Flaw(f"weight {name!r} has padding bits that are not zero")
-    indices = unpack(packed, bits, count)
-    if indices.max() >= len(levels):
-        raise Flaw(f"weight {name!r} has the index {indices.max()} into a table of {len(levels)} levels")
-    small = levels[0] >= -128 and levels[-1] <= 127
-    codes = np.array(levels, dtype=np.int8 if small else np.int32)[indices].reshape(shape)
-    return ConstrainedTensor(codes, scale, tuple(levels), denominator, record["constraint"])
+    _check_rows(name, tensor)
+    return tensor
+
+
+def _check_rows(name: str, tensor: PackedTensor) -> None:
+    """Refuse bytes that no weight is packed to; a part of the rows at a time, since indices take more than bytes."""
+    step = max(1, _CHECKED_AT_ONCE // tensor.count)
+    for begin in range(0, len(tensor.rows), step):
+        rows = tensor.rows[begin : begin + step]
+        if not in_range(rows, tensor.word, tensor.count):
+            what = "a word that is too large" if tensor.packing == "dense" else "padding bits that are not zero"
+            raise Flaw(f"weight {name!r} has {what}")
+        if tensor.word.base == len(tensor.levels):
+            continue  # every digit is an index
+        most = unpack(rows, tensor.word, tensor.count).max()
+        if most >= len(tensor.levels):
+            raise Flaw(f"weight {name!r} has the index {most} into a table of {len(tensor.levels)} levels")
 
 
 def _check_record(name: str, record: object) -> None:
@@ -280,7 +299,7 @@ def _check_record(name: str, record: object) -> None:
     def integers(values: object, low: int, high: float = math.inf) -> bool:
         return isinstance(values, list) and all(type(value) is int and low <= value <= high for value in values)
 
-    if not isinstance(record, dict) or record.keys() != {"bits", "constraint", "denominator", "levels", "shape"}:
+    if not isinstance(record, dict) or record.keys() - {"packing"} != _KEYS:
         raise Flaw(f"weight {name!r} needs bits, constraint, denominator, levels and shape in the metadata")
     shape, levels = record["shape"], record["levels"]
     valid = {
@@ -292,6 +311,8 @@ def _check_record(name: str, record: object) -> None:
         "constraint": isinstance(record["constraint"], str) and record["constraint"] != "",
     }
     valid["bits"] = valid["levels"] and integers([record["bits"]], *[bits_for(len(levels))] * 2)
+    if "packing" in record:
+        valid["packing"] = valid["levels"] and record["packing"] == "dense" and dense_word(len(levels)) is not None
     for key, right in valid.items():
         if not right:
             raise Flaw(f"weight {name!r} has in the metadata an impossible {key}: {record[key]!r}")

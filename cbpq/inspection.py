@@ -14,7 +14,8 @@ class LayerInspection:
     """One constrained weight. Shares are from 0 to 1, entropy in bits per weight.
 
     ``counts`` is the histogram of the codes, in the order of ``codes``; level = code / denominator.
-    ``bits`` is the width of one code; ``bits_per_weight`` is what its codes take in the file, padding included.
+    ``bits`` is the width of an index into the levels and ``packing`` how indices are stored; ``bits_per_weight`` is
+    what the codes take in the file, padding included.
     """
 
     name: str
@@ -25,6 +26,7 @@ class LayerInspection:
     denominator: int
     counts: tuple[int, ...]
     bits: int
+    packing: str
     bits_per_weight: float
     zeros: float
     entropy: float
@@ -91,6 +93,7 @@ def _layer(name: str, tensor: ConstrainedTensor) -> LayerInspection:
         denominator=tensor.denominator,
         counts=tensor.histogram,
         bits=tensor.bits,
+        packing=tensor.packing,
         bits_per_weight=8 * tensor.packed_bytes / parameters,
         zeros=tensor.sparsity,
         entropy=tensor.entropy,
@@ -106,23 +109,32 @@ def _layer(name: str, tensor: ConstrainedTensor) -> LayerInspection:
 def sizes_of(file: CbpqFile, file_bytes: int) -> dict[str, float]:
     """Bytes before and after.
 
-    ``float32_bytes`` (the whole state dict, constrained weights in FP32), ``file_bytes``, ``codes_bytes``,
-    ``scale_bytes``, ``entropy_bytes`` (the codes, if each took its layer's entropy), ``others_bytes`` (all that is not
-    constrained), ``bits_per_weight`` (mean over the constrained weights, padding included) and ``constrained_share``
-    (of all floating-point numbers, 0 to 1).
+    ``float32_bytes`` (the whole state dict, all floats in FP32), ``file_bytes`` and its parts: ``codes_bytes``,
+    ``scale_bytes``, ``others_bytes`` (all that is not constrained) and ``header_bytes``; ``entropy_bytes`` (the codes,
+    if each took its layer's entropy), ``bits_per_weight`` and ``entropy`` (means over the constrained weights, padding
+    included), ``bits_per_parameter`` (of the whole file, for each floating-point number of the network),
+    ``constrained_share`` (of these numbers, 0 to 1) and ``half_share`` (of those that stay float, in float16).
     """
     tensors = file.constrained.values()
     weights = sum(tensor.codes.size for tensor in tensors)
-    floats = sum(array.size for array in file.others.values() if array.dtype.kind == "f")
+    floats = [array for array in file.others.values() if array.dtype.kind == "f"]
     others = sum(array.nbytes for array in file.others.values())
     codes = sum(tensor.packed_bytes for tensor in tensors)
+    scales = sum(tensor.scale.nbytes for tensor in tensors)
+    entropy = sum(tensor.entropy * tensor.codes.size for tensor in tensors)
+    left = sum(array.size for array in floats)
+    halves = sum(array.size for array in floats if array.dtype.itemsize == 2)
     return {
-        "float32_bytes": 4 * weights + others,
+        "float32_bytes": file.float32_bytes,
         "file_bytes": file_bytes,
         "codes_bytes": codes,
-        "scale_bytes": sum(tensor.scale.nbytes for tensor in tensors),
-        "entropy_bytes": round(sum(tensor.entropy * tensor.codes.size for tensor in tensors) / 8),
+        "scale_bytes": scales,
         "others_bytes": others,
+        "header_bytes": file_bytes - codes - scales - others,
+        "entropy_bytes": round(entropy / 8),
         "bits_per_weight": 8 * codes / weights if weights else 0.0,
-        "constrained_share": weights / (weights + floats) if weights else 0.0,
+        "entropy": entropy / weights if weights else 0.0,
+        "bits_per_parameter": 8 * file_bytes / (weights + left) if weights + left else 0.0,
+        "constrained_share": weights / (weights + left) if weights else 0.0,
+        "half_share": halves / left if left else 0.0,
     }

@@ -18,9 +18,10 @@ from cbpq import fileformat
 from cbpq.architectures import Architecture, available_models, build, is_timm, known_names, parse_architecture
 from cbpq.checkpoints import check_fit, load_strictly
 from cbpq.errors import UsageError, did_you_mean
-from cbpq.fileformat import CbpqFile
+from cbpq.fileformat import CbpqFile, PackedFile
 from cbpq.inputs import InputSpec, override_fields
 from cbpq.loading import count_classes, from_timm, from_torchvision, from_weights, unfilled
+from cbpq.packed import packed_network
 from cbpq.sources import LoadedModel, SourceInfo, auxiliary_logits, logits
 
 __all__ = [
@@ -85,8 +86,8 @@ def load_model(
     return loaded
 
 
-def from_cbpq_file(file: CbpqFile, arch: str | None = None) -> LoadedModel:
-    """The network of a cbpq file with exactly its weights.
+def from_cbpq_file(file: CbpqFile | PackedFile, arch: str | None = None) -> LoadedModel:
+    """The network of a cbpq file with exactly its weights; of a `PackedFile` a network that keeps them packed.
 
     A network from the user's own code needs ``arch`` to name that code again, because loading it means running it.
 
@@ -103,15 +104,22 @@ def from_cbpq_file(file: CbpqFile, arch: str | None = None) -> LoadedModel:
         )
     if arch is not None and arch not in (info.architecture, f"{info.library}:{info.architecture}"):
         raise UsageError(f"--arch {arch} contradicts the file, whose network is {info.architecture}; leave it out")
-    arrays = {name: tensor.weight() for name, tensor in file.constrained.items()} | file.others
-    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    # first by shape alone, so that a damaged file cannot ask for any amount of memory
     what, remedy = f"this file and {info.architecture}", f"it needs the {info.library} it was written with"
+    if isinstance(file, PackedFile):
+        model = packed_network(file, _architecture(info), info.arguments, what, remedy)
+    else:
+        model = _network(info, file, what, remedy)
+    return LoadedModel(model, info, count_classes(_architecture(info), info.arguments, model, info.input_spec))
+
+
+def _network(info: SourceInfo, file: CbpqFile, what: str, remedy: str) -> nn.Module:
+    state = {name: torch.from_numpy(array.copy()) for name, array in file.state().items()}
+    # first by shape alone, so that a damaged file cannot ask for any amount of memory
     if info.library != "callable":
         check_fit(build(_architecture(info), info.arguments, meta=True), state, what, remedy)
     model = build_model(info)
     load_strictly(model, state, what, remedy)
-    return LoadedModel(model, info, count_classes(_architecture(info), info.arguments, model, info.input_spec))
+    return model
 
 
 def build_model(info: SourceInfo) -> nn.Module:

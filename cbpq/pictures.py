@@ -15,7 +15,8 @@ from cbpq.errors import DataError
 
 GREY_MODES = ("1", "L", "LA", "La")
 NO_LABEL = -1  # stands where a picture has no label; a set of pictures has labels throughout or not at all
-_REPLACE = "replace it, or leave such pictures out with --skip-bad-images"
+_SKIP = "leave such pictures out with --skip-bad-images"
+_REPLACE = f"replace it, or {_SKIP}"
 
 
 class UnreadablePictureError(DataError):
@@ -114,8 +115,8 @@ class DatasetPictures:
         return f"{self._title}[{index}]"
 
 
-def decode(stream: BinaryIO, name: str) -> Image.Image:
-    """Decode one picture completely.
+def decode(stream: BinaryIO, name: str, otherwise: str = _SKIP) -> Image.Image:
+    """Decode one picture completely; ``otherwise`` is what a message says to do other than mending it.
 
     Raises:
         UnreadablePictureError: it cannot be decoded, or has more than 8 bits per channel.
@@ -126,14 +127,17 @@ def decode(stream: BinaryIO, name: str) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadablePictureError(f"{name} is not a picture in a format Pillow knows; {_REPLACE}") from error
+        raise UnreadablePictureError(
+            f"{name} is not a picture in a format Pillow knows; replace it, or {otherwise}"
+        ) from error
     except Exception as error:  # damaged files make Pillow raise OSError, SyntaxError, ValueError, struct.error ...
-        raise UnreadablePictureError(f"{name} cannot be read as a picture ({brief(error)}); {_REPLACE}") from error
+        raise UnreadablePictureError(
+            f"{name} cannot be read as a picture ({brief(error)}); replace it, or {otherwise}"
+        ) from error
     if picture.mode.startswith(("I", "F")):
         # converting these clips every value above 255 without a word
         raise UnreadablePictureError(
-            f"{name} has 16 or 32 bits per pixel (mode {picture.mode}); convert it to 8 bits, or leave such pictures "
-            "out with --skip-bad-images"
+            f"{name} has 16 or 32 bits per pixel (mode {picture.mode}); convert it to 8 bits, or {otherwise}"
         )
     return picture
 

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from cbpq.errors import DataError, TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
 from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
 from cbpq.loaders import deaths_explained
-from cbpq.model_file import save
+from cbpq.model_file import halve, save
 from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 from cbpq.report import Report, Stage, plain
-from cbpq.summary import build_report, metric_facts, run_facts, settings_toml, stage_row
+from cbpq.summary import HALVED, build_report, metric_facts, run_facts, settings_toml, stage_row
 from cbpq.synthesis import save_pictures, steps_in_all, synthesize
 from cbpq.training import EpochEnd, Run, Step, finish, prepare, settling_batches, train
 
@@ -298,9 +298,11 @@ class _Execution:
         job, original = self.job, self._original()
         with self._phase("settling the weights", settling_batches(run)):
             finish(run, self._tick)
-        final = self._measure("quantized", run.model)
+        final = self._measure(f"before {HALVED}" if job.choices["half"] else "quantized", run.model)
         if run.steps:
             self.stages.append(stage_row(TRAINED, final, original, self.seconds[TRAINED], self.training_memory))
+        if job.choices["half"]:
+            final = self._halve(run, final)
         with self._phase("measuring layers", 0):
             noise = signal_to_noise(teacher, run.model, run.constrained.names, self._layer_images())
         save(
@@ -309,6 +311,8 @@ class _Execution:
             job.loaded.info,
             run=run_facts(job),
             metrics=metric_facts(original, final),
+            packing=job.choices["pack"],
+            half=job.choices["half"],
         )
         report = build_report(
             job,
@@ -332,6 +336,19 @@ class _Execution:
             atomic_write(self.work / name, text.encode())
         publish(self.output)
         return report
+
+    def _halve(self, run: Run, before: Predictions) -> Predictions:
+        """Round what stays float to half precision, and measure again; what that costs is a stage of its own."""
+        last = summarize(before, self._original())
+        agreement = last.comparison.agreement if last.comparison else None
+        self.stages[-1] = replace(self.stages[-1], top1=last.top1, agreement=agreement)  # not every stage is measured
+        with self._phase(HALVED, 0):
+            left = halve(run.model, run.constrained.names)
+        if left:
+            self.job.warnings.append(f"half precision cannot hold {', '.join(left)}, which stayed in float32")
+        after = self._measure("quantized", run.model)
+        self.stages.append(stage_row(HALVED, after, self._original(), self.seconds[HALVED], None))
+        return after
 
     def _layer_images(self) -> list[Tensor]:
         """A few pictures to compare the layers' outputs on."""

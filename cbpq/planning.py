@@ -17,6 +17,7 @@ from cbpq.layers import LayerChoice, choose_layers
 from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
+from cbpq.packing import check_packing
 from cbpq.presets import AUTO, Resolved, resolve
 from cbpq.synthesis import SynthesisChoices, claim_folder, remembering
 
@@ -39,7 +40,7 @@ class Plan:
     data_name: str = ""
     command: str = ""
     choices: Mapping[str, Any] = field(default_factory=dict)
-    """Which layers, and how data are used: what settings do not say."""
+    """Which layers, how data are used, and how the file is written: what settings do not say."""
     warnings: list[str] = field(default_factory=list)
     synthesis: SynthesisChoices = field(default_factory=SynthesisChoices)
     """How pictures are synthesised where there are no data."""
@@ -92,6 +93,8 @@ def plan(
     quantize_last: bool = False,
     device: str = "auto",
     amp: bool = False,
+    pack: str = "bits",
+    half: bool = False,
     max_minutes: float | None = None,
     command: str = "",
     resume: bool = False,
@@ -109,6 +112,8 @@ def plan(
         include: see ``cbpq.layers.choose_layers``, like the three after it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         amp: compute in bfloat16 where it is safe; latent weights, scales and multipliers stay in float32.
+        pack: how the file holds the codes, ``bits`` or ``dense``; see ``cbpq.save``, like ``half``.
+        half: what stays float in half precision, measured so.
         max_minutes: stop training after this time; schedules then follow the clock as well as the epochs.
         command: the command line, for the report.
         resume: it is to go on with an unfinished run, which may have saved its synthesised pictures already.
@@ -117,6 +122,7 @@ def plan(
         CbpqError: whatever is wrong with any of it.
     """
     levels = level_set(constraint)
+    check_packing(pack)
     method_class(method).check(levels)
     first = resolve("default" if preset == AUTO else preset, method=method, layers=settings).settings
     if data is None:
@@ -175,6 +181,8 @@ def plan(
         "augment": augment,
         "amp": amp,
         "calibration": calibration,
+        "pack": pack,
+        "half": half,
     }
     warnings = list(loaded.notes)
     synthesis = SynthesisChoices.for_input(spec)

@@ -62,8 +62,7 @@ class Report:
     ``settings`` maps a setting to ``{"value": …, "from": …}``; ``original`` and ``quantized`` are evaluations
     (``images``, ``top1``, ``top1_interval``, ``top5`` …), ``comparison`` holds ``agreement``, ``agreement_interval``,
     ``mcnemar_p`` and ``drop`` in points of top-1; for pictures without labels only the agreement is known. ``sizes``
-    holds ``float32_bytes``, ``file_bytes``, ``codes_bytes``, ``entropy_bytes``, ``bits_per_weight`` and
-    ``constrained_share``.
+    are those of ``cbpq.inspection.sizes_of``.
     """
 
     command: str
@@ -200,25 +199,44 @@ def stage_section(stages: Sequence[Stage]) -> Section:
 
 
 def size_section(sizes: Mapping[str, Any]) -> Section:
-    """The bytes of the file against the network in FP32, and the bits each constrained weight takes."""
-    whole = sizes.get("float32_bytes")
+    """The bytes of the file and its parts against the network in FP32, and the bits that its weights take."""
+    whole, file = sizes.get("float32_bytes"), sizes.get("file_bytes")
     rows = []
     for key, label in (
         ("float32_bytes", "the network in FP32"),
         ("file_bytes", "this file"),
         ("codes_bytes", "its codes"),
-        ("entropy_bytes", "its codes at their entropy"),
+        ("scale_bytes", "its scales"),
         ("others_bytes", "what stays float"),
+        ("header_bytes", "names and metadata"),
+        ("entropy_bytes", "its codes at their entropy"),
     ):
         if (value := sizes.get(key)) is not None:
-            rows.append([label, sections.size(value), sections.ratio(whole, value) if key == "file_bytes" else ""])
+            part = key in ("codes_bytes", "scale_bytes", "others_bytes", "header_bytes") and file
+            smaller = sections.ratio(whole, value) if key == "file_bytes" else ""
+            rows.append([label, sections.size(value), smaller, sections.share(value / file) if part else ""])
+    return Section(
+        "Size",
+        ("", "bytes", "smaller", "of the file"),
+        rows,
+        frozenset(("bytes", "smaller", "of the file")),
+        notes=_bits_notes(sizes),
+    )
+
+
+def _bits_notes(sizes: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     if (bits := sizes.get("bits_per_weight")) is not None:
-        constrained = sizes.get("constrained_share")
+        entropy, constrained = sizes.get("entropy"), sizes.get("constrained_share")
+        beside = f" (entropy {sections.significant(entropy)})" if entropy is not None else ""
         of = f"; {sections.share(constrained)} of all parameters are constrained" if constrained is not None else ""
         unit = "bit" if bits == 1 else "bits"
-        notes.append(f"{sections.significant(bits)} {unit} per constrained weight{of}.")
-    return Section("Size", ("", "bytes", "smaller"), rows, frozenset(("bytes", "smaller")), notes=tuple(notes))
+        notes.append(f"{sections.significant(bits)} {unit} per constrained weight{beside}{of}.")
+    if (bits := sizes.get("bits_per_parameter")) is not None:
+        notes.append(f"The whole file: {sections.significant(bits)} bits per parameter.")
+    if sizes.get("half_share"):
+        notes.append(f"{sections.share(sizes['half_share'])} of what stays float is in half precision.")
+    return tuple(notes)
 
 
 def pairs_section(title: str, values: Mapping[str, Any]) -> Section:

@@ -3,13 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 
 from cbpq.architectures import checked_arguments
-from cbpq.errors import FileFormatError, SourceError, UsageError
+from cbpq.errors import DataError, FileFormatError, SourceError, UsageError
 from cbpq.inputs import InputSpec
+from cbpq.pictures import decode, one_line
+from cbpq.transforms import preprocess
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,22 @@ class LoadedModel:
     info: SourceInfo
     num_classes: int
     notes: tuple[str, ...] = ()
+
+    def preprocess(self, picture: str | Path | Image.Image) -> Tensor:
+        """A picture, or the file of one, as the network takes it: resized, cropped and normalised, (1, C, H, W).
+
+        Raises:
+            DataError: it cannot be read, or has colours where the network takes grey pictures.
+        """
+        if isinstance(picture, Image.Image):
+            return preprocess(picture, self.info.input_spec)
+        name = one_line(picture)
+        try:
+            with Path(picture).open("rb") as stream:
+                return preprocess(decode(stream, name, "give another one"), self.info.input_spec, name)
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{name} cannot be opened ({reason}); give another picture") from error
 
 
 def logits(output: Any) -> Tensor:

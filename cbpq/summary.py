@@ -25,10 +25,12 @@ from cbpq.planning import FREE_SETTINGS, Plan
 from cbpq.report import LayerRow, Report, SkippedRow, Stage
 from cbpq.training import Run
 
+HALVED = "half precision"
+
 
 def run_facts(job: Plan) -> dict[str, Any]:
     """How the network was made, for the file: everything that decides the result, nothing that differs between equal
-    runs.
+    runs. How the file is written can be seen of the file itself.
     """
     settings = job.resolved.settings.to_dict()
     return {
@@ -36,7 +38,7 @@ def run_facts(job: Plan) -> dict[str, Any]:
         "method": job.method,
         "preset": job.resolved.preset,
         "settings": {name: value for name, value in settings.items() if name not in FREE_SETTINGS},
-        **job.choices,
+        **{name: value for name, value in job.choices.items() if name not in ("pack", "half")},
         "device": job.device.type,
         "versions": {"cbpq": cbpq.__version__, "torch": torch.__version__},
     }
@@ -126,10 +128,10 @@ def setbacks(stages: Sequence[Stage], final: Predictions, original: Predictions)
     if interval is None or not earlier or max(earlier)[0] <= interval[1]:
         return []
     best, stage_name = max(earlier)
-    return [
-        f"after {stage_name} the network was better ({best:.2f} %) than at the end; --epochs 0 stops after rounding, "
-        "and a lower --lr or more --epochs may keep what it won"
-    ]
+    advice = "--epochs 0 stops after rounding, and a lower --lr or more --epochs may keep what it won"
+    if stages[-1].name == HALVED and stage_name == stages[-2].name:
+        advice = "leave out --half"
+    return [f"after {stage_name} the network was better ({best:.2f} %) than at the end; {advice}"]
 
 
 def layer_row(

@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode, functional
 
 from cbpq.errors import UsageError, did_you_mean
 from cbpq.inputs import InputSpec
+from cbpq.pictures import with_channels
 
 SMALL = 64  # pixels; up to here inputs are treated as CIFAR's are
 SCALE = (0.35, 1.0)  # share of the area a random-resized crop takes
@@ -151,6 +152,15 @@ class EvalTransform:
         if picture.size == self._size:
             return to_tensor(picture)
         return self._transform(picture)
+
+
+def preprocess(picture: Image.Image, spec: InputSpec, name: str = "the picture") -> Tensor:
+    """One picture as a network is fed it to evaluate, float32 (1, C, height, width).
+
+    Raises:
+        DataError: a colour picture, by its ``name``, for a network of one channel.
+    """
+    return Normalize(spec)(EvalTransform(spec)(with_channels(picture, spec.channels, name))[None])
 
 
 class RandomResizedCrop:

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "cbpq"
 # Each row may import from itself and from the rows above it.
 ROWS = (
     ("", "errors"),
-    ("inputs", "packing", "atomic", "container", "locking", "outputs"),
-    ("levels", "scales", "rounding", "fileformat"),
+    ("inputs", "packing", "atomic", "container", "locking", "outputs", "pictures", "transforms"),
+    ("levels", "scales", "rounding", "content", "fileformat"),
     ("methods", "presets", "configuration"),
     (
         "tracing",
@@ -36,10 +36,11 @@ ROWS = (
         "published",
         "identification",
         "loading",
+        "packed",
         "models",
     ),
     ("compensation", "weights", "constrained"),
-    ("pictures", "transforms", "loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
+    ("loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
     (
         "recipe",
         "features",

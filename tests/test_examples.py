@@ -103,7 +103,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ran.append(words[1])
             if words[1] == "quantize":  # the exact command is in the report
                 assert shlex.join(words) in (tmp_path / "resnet-two-bit-shift" / "report.md").read_text()
-    assert ran == ["quantize", "inspect", "evaluate", *["export"] * 6]
+    assert ran == ["quantize", "inspect", "evaluate", *["export"] * 8]
     plain, original = load_file(EXAMPLES / "digits" / "resnet.safetensors"), torch.load("resnet.pth", weights_only=True)
     assert {name: tensor.shape for name, tensor in plain.items()} == {n: t.shape for n, t in original.items()}
 
@@ -233,6 +233,75 @@ def test_the_loop_in_the_readme() -> None:
     exec(snippet.replace("cbpq.save(", "saved.append(").replace('"model.safetensors", ', ""), scope | {"saved": saved})
     weight = saved[0].model[2].weight.detach()
     assert all(len(channel.unique()) <= 7 for channel in weight)
+
+
+# examples/serve.py
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the script; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "serve.py"), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits network, its weights rounded, and a picture of a digit."""
+    folder = tmp_path_factory.mktemp("served")
+    source, data = EXAMPLES / "digits" / "resnet.safetensors", EXAMPLES / "digits" / "digits.npz"
+    flags = ("--epochs", 0, "--rounding", "nearest", "--device", "cpu", "--pack", "dense")
+    outcome = command("quantize", source, "--data", data, *flags, "-o", folder / "out")
+    assert outcome.code == 0, outcome.err
+    with np.load(data) as arrays:
+        Image.fromarray(arrays["val_images"][0]).save(folder / "digit.png")
+        Image.fromarray(arrays["val_images"][0]).convert("RGB").save(folder / "colours.png")
+    return folder
+
+
+def test_serving(served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = served / "out" / "model.safetensors"
+    loaded = cbpq.load(model)
+    digits_module = script("digits.digits")
+    images, _ = digits_module.read(EXAMPLES / "digits" / "digits.npz", "val")
+    spec = loaded.info.input_spec
+    fed = (images[:1, None].float() / 255 - spec.mean[0]) / spec.std[0]
+    assert torch.equal(loaded.preprocess(served / "digit.png"), fed)
+    assert torch.equal(loaded.preprocess(Image.open(served / "digit.png")), fed)
+    with torch.no_grad():
+        probabilities = loaded.model(fed)[0].softmax(0)
+    expected = [f"class {number}: {probabilities[number]:.2%}" for number in probabilities.argsort(descending=True)]
+    for flags in ((), ("--packed",), ("--top", "2"), ("--top", "99")):
+        assert serve(monkeypatch, model, served / "digit.png", *flags) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert shown == expected[: {"2": 2, "99": 10}.get(flags[-1] if flags else "", 5)]
+
+
+def test_serving_what_it_cannot(
+    served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, picture = served / "out" / "model.safetensors", served / "digit.png"
+    cut = served / "cut.png"
+    cut.write_bytes(picture.read_bytes()[:60])
+    cases = [
+        (model, served / "none.png", 1, "none.png cannot be opened (No such file or directory)"),
+        (model, served, 1, "cannot be opened"),
+        (model, cut, 1, "give another one"),
+        (model, model, 1, "is not a picture"),
+        (model, served / "colours.png", 1, "the network takes 1"),
+        (picture, picture, 1, "no cbpq file"),
+        (served / "none", picture, 2, "no such file"),
+        (EXAMPLES / "digits" / "resnet.safetensors", picture, 1, "no cbpq file"),
+    ]
+    for file, shown, code, words in cases:
+        assert serve(monkeypatch, file, shown) == code
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert words in output.err
+        assert output.err.startswith("serve.py: ")
+        assert output.err.count("\n") == 1
 
 
 # examples/ci

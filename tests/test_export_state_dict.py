@@ -17,7 +17,7 @@ from torch import nn
 
 from cbpq import exports
 from cbpq.errors import CbpqError, UsageError
-from cbpq.exports import Exported, export, float32_size, state_dict
+from cbpq.exports import Exported, export, state_dict
 from cbpq.exports.state_dict import export_state_dict
 from cbpq.fileformat import CbpqFile, ConstrainedTensor, read, write
 
@@ -251,4 +251,4 @@ def test_overwriting_is_possible_when_asked_for(tmp_path: Path, tiny: CbpqFile) 
 
 def test_float32_size_counts_every_tensor(tiny: CbpqFile) -> None:
     # weights 15 + 10, biases 5 + 2, BatchNorm 4 × 5 floats and one int64
-    assert float32_size(tiny) == 4 * (15 + 10 + 5 + 2 + 20) + 8
+    assert tiny.float32_bytes == 4 * (15 + 10 + 5 + 2 + 20) + 8

@@ -78,11 +78,8 @@ def assert_same(left: CbpqFile, right: CbpqFile) -> None:
         assert np.array_equal(tensor.codes, other.codes)
         assert tensor.codes.shape == other.codes.shape
         assert_same_array(tensor.scale, other.scale)
-        assert (tensor.levels, tensor.denominator, tensor.constraint) == (
-            other.levels,
-            other.denominator,
-            other.constraint,
-        )
+        assert (tensor.levels, tensor.denominator) == (other.levels, other.denominator)
+        assert (tensor.constraint, tensor.packing) == (other.constraint, other.packing)
     assert left.others.keys() == right.others.keys()
     for name, array in left.others.items():
         assert_same_array(array, right.others[name])
@@ -157,13 +154,33 @@ def float32(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
+DENSE_WORDS = {3: (5, 1), 5: (10, 3), 7: (11, 4), 9: (5, 2), 17: (7, 4)}  # from the text, or worked out by it
+
+
+def dense_indices(row: list[int], levels: int, count: int) -> list[int]:
+    """The indices of a densely packed row of bytes, all of them used."""
+    digits, size = DENSE_WORDS[levels]
+    indices: list[int] = []
+    while count:
+        taken = min(digits, count)
+        if taken < digits:
+            size = next(b for b in range(1, 5) if levels**taken <= 256**b)
+        word = sum(byte << 8 * place for place, byte in enumerate(row[:size]))
+        indices += [word // levels**place % levels for place in range(taken)]
+        assert word < levels**taken
+        row, count = row[size:], count - taken
+    assert not row
+    return indices
+
+
 def independent_decode(data: bytes) -> tuple[dict[str, list[float]], dict[str, tuple[list[int], list[Any]]]]:
     """Flat constrained weights by name, and (shape, flat values) of the other tensors."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     buffer = data[8 + length :]
     document = json.loads(header.pop("__metadata__")["cbpq"])
-    assert document["format_version"] == 1
+    dense = any("packing" in record for record in document["weights"].values())
+    assert document["format_version"] == (2 if dense else 1)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
@@ -179,12 +196,18 @@ def independent_decode(data: bytes) -> tuple[dict[str, list[float]], dict[str, t
         for row in range(rows):
             scale = scales[row] if scale_shape else scales[0]
             step = float32(scale / float32(record["denominator"]))
-            for index in range(count):
-                level = 0
-                for bit in range(record["bits"]):
-                    position = index * record["bits"] + bit
-                    level |= (packed[row * width + position // 8] >> (position % 8) & 1) << bit
-                flat.append(float32(float32(record["levels"][level]) * step))
+            own = packed[row * width : (row + 1) * width]
+            if "packing" in record:
+                found = dense_indices(own, len(record["levels"]), count)
+            else:
+                found = [
+                    sum(
+                        (own[place // 8] >> place % 8 & 1) << place - index * record["bits"]
+                        for place in range(index * record["bits"], (index + 1) * record["bits"])
+                    )
+                    for index in range(count)
+                ]
+            flat += [float32(float32(record["levels"][index]) * step) for index in found]
         weights[name] = flat
     return weights, tensors
 
@@ -214,7 +237,8 @@ def files(draw: st.DrawFn) -> CbpqFile:
         )
         denominator = draw(st.sampled_from([1, 2, 3, 4, 10]))
         name = f"layer.{number}.wéight"
-        constrained[name] = ConstrainedTensor(codes, np.asarray(scale, dtype=np.float32), levels, denominator, "name é")
+        tensor = ConstrainedTensor(codes, np.asarray(scale, dtype=np.float32), levels, denominator, "name é")
+        constrained[name] = tensor.packed_as(draw(st.sampled_from(["bits", "dense"])))
     others: dict[str, NDArray[Any]] = {"n": np.array(draw(st.integers(-(2**63), 2**63 - 1)), dtype=np.int64)}
     for name, dtype in [("bool", "?"), ("u16", "u2"), ("i8", "i1"), ("f16", "f2"), ("f32", "f4"), ("f64", "f8")]:
         if draw(st.booleans()):
@@ -494,7 +518,7 @@ def test_deeply_nested_metadata(tmp_path: Path, depth: int, place: str) -> None:
 
 
 def test_newer_version_asks_for_an_update(tmp_path: Path) -> None:
-    path = save(tmp_path, build({}, '{"format_version":2,"anything":[]}'))
+    path = save(tmp_path, build({}, '{"format_version":3,"anything":[]}'))
     assert "update cbpq" in refused(path)
     assert is_cbpq_file(path)
 
@@ -633,6 +657,114 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
     assert min(outcomes.values()) > 10
 
 
+# ---------------------------------------------------------------- dense packing
+
+# the text's example, and a weight whose every row has a whole word of 11 and one of 2
+DENSE_DOCUMENT = {
+    "format_version": 2,
+    "weights": {
+        "t": {"bits": 2, "constraint": "ternary", "denominator": 1, "levels": [-1, 0, 1], "shape": [2, 7]},
+        "s": {"bits": 3, "constraint": "s", "denominator": 4, "levels": [-4, -2, -1, 0, 1, 2, 4], "shape": [1, 13]},
+        "b": {"bits": 1, "constraint": "binary", "denominator": 1, "levels": [-1, 1], "shape": [1, 3]},
+    },
+    "source": {},
+    "run": {},
+    "metrics": {},
+}
+for _name in ("t", "s"):
+    DENSE_DOCUMENT["weights"][_name]["packing"] = "dense"  # type: ignore[index]
+
+
+def dense_tensors() -> Tensors:
+    last = 6 + 5 * 7
+    return {
+        "b.codes": ("U8", [1, 1], b"\x05"),
+        "b.scale": ("F32", [], floats(1)),
+        "s.codes": ("U8", [1, 5], (7**11 - 1).to_bytes(4, "little") + bytes([last])),
+        "s.scale": ("F32", [], floats(2)),
+        "t.codes": ("U8", [2, 2], bytes.fromhex("C8 06 66 04")),
+        "t.scale": ("F32", [2], floats(1, 0.5)),
+    }
+
+
+def test_the_dense_example_of_the_text(tmp_path: Path) -> None:
+    assert "``W.codes`` is C8 06 66 04" in (cbpq.fileformat.__doc__ or "")
+    file = read(save(tmp_path, build(dense_tensors(), DENSE_DOCUMENT)))
+    assert {name: tensor.packing for name, tensor in file.constrained.items()} == {
+        "t": "dense",
+        "s": "dense",
+        "b": "bits",
+    }
+    indices = [[2, 0, 1, 1, 2, 0, 2], [0, 1, 2, 0, 1, 1, 1]]
+    assert (file.constrained["t"].codes + 1).tolist() == indices
+    assert file.constrained["s"].codes.tolist() == [[4] * 11 + [4, 2]]
+    assert file.constrained["b"].codes.tolist() == [[1, -1, 1]]
+    write(tmp_path / "again", file)
+    back = read(tmp_path / "again")
+    assert_same(back, file)
+    tensors = safetensors.numpy.load_file(tmp_path / "again")
+    assert tensors["t.codes"].tolist() == [[0xC8, 0x06], [0x66, 0x04]]
+    weights, _ = independent_decode((tmp_path / "again").read_bytes())
+    assert weights["t"][:7] == [1, -1, 0, 0, 1, -1, 1]
+
+
+DENSE_FAULTS: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "word of 3^5": (edited("t.codes", data=bytes([243, 6, 0x66, 4])), "'t' has a word that is too large"),
+    "largest byte": (edited("t.codes", data=bytes([0xC8, 6, 255, 4])), "'t' has a word that is too large"),
+    "last word of 3^2": (edited("t.codes", data=bytes([0xC8, 9, 0x66, 4])), "'t' has a word that is too large"),
+    "word of 7^11": (edited("s.codes", data=(7**11).to_bytes(4, "little") + b"\0"), "'s' has a word that is too large"),
+    "last word of 7^2": (edited("s.codes", data=bytes([0, 0, 0, 0, 49])), "'s' has a word that is too large"),
+    "last word not shortened": (edited("s.codes", shape=[1, 8], data=bytes(8)), "does not fit its codes"),
+    "packed by bits all the same": (edited("s.codes", shape=[1, 5], data=b"\xff" * 5), "'s' has a word"),
+    "one byte less": (edited("s.codes", shape=[1, 4], data=bytes(4)), "does not fit its codes"),
+    "by bits, padding": (edited("b.codes", data=b"\x0d"), "'b' has padding bits"),
+}
+
+
+@pytest.mark.parametrize("fault", DENSE_FAULTS)
+def test_bad_dense_tensors(tmp_path: Path, fault: str) -> None:
+    edit, words = DENSE_FAULTS[fault]
+    tensors = dense_tensors()
+    edit(tensors)
+    assert words in refused(save(tmp_path, build(tensors, DENSE_DOCUMENT)))
+
+
+def test_dense_documents_that_contradict_themselves(tmp_path: Path) -> None:
+    def refuse(words: str, name: str | None = None, **changes: object) -> None:
+        document: Any = copy.deepcopy(DENSE_DOCUMENT)
+        (document["weights"][name] if name else document).update(changes)
+        assert words in refused(save(tmp_path, build(dense_tensors(), document)))
+
+    refuse("format_version 1 does not go with", format_version=1)
+    refuse("impossible packing", "b", packing="dense")  # it gains nothing
+    values: list[object] = ["bits", "Dense", "", None, 1, True, ["dense"], {}]
+    for value in values:
+        refuse("impossible packing", "t", packing=value)
+    sparse = {name: tensor for name, tensor in dense_tensors().items() if name[0] == "b"}
+    document: Any = copy.deepcopy(DENSE_DOCUMENT)
+    document["weights"] = {"b": document["weights"]["b"]}
+    assert "format_version 2 does not go with" in refused(save(tmp_path, build(sparse, document)))
+
+
+def test_random_damage_to_dense_words_is_refused_or_harmless(tmp_path: Path) -> None:
+    generator, whole = random.Random(0), build(dense_tensors(), DENSE_DOCUMENT)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(200):
+        data = bytearray(whole)
+        data[generator.randrange(len(data) - 20, len(data))] = generator.randrange(256)
+        path = save(tmp_path, bytes(data))
+        try:
+            file = read(path)
+        except FileFormatError:
+            refused(path)
+            outcomes["refused"] += 1
+        else:
+            write(tmp_path / "again", file)
+            assert_same(read(tmp_path / "again"), file)
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 10
+
+
 # ---------------------------------------------------------------- content that cannot be written
 
 
@@ -679,6 +811,8 @@ UNWRITABLE = {
     "denominator not whole": changed(denominator=4.0),
     "constraint empty": changed(constraint=""),
     "constraint no text": changed(constraint=None),
+    "dense without gain": changed(codes=np.ones((1, 1), np.int8), levels=(-1, 1), packing="dense"),
+    "packing unknown": changed(packing="zip"),
     "other NaN": with_other("x", np.array(np.nan)),
     "other infinite": with_other("x", np.array([np.inf], dtype=np.float16)),
     "other complex": with_other("x", np.ones(1, dtype=np.complex64)),

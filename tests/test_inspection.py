@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cbpq.cli.inspect import bars
 from cbpq.errors import CbpqError, UsageError
-from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
+from cbpq.fileformat import CbpqFile, ConstrainedTensor, read, write
 from cbpq.inspection import inspect_file
 
 LEVELS = (-4, -2, -1, 0, 1, 2, 4)
@@ -68,20 +68,33 @@ def test_every_number_against_a_plain_count(file: Path) -> None:
     assert (binary.scale_per, binary.scale_min, binary.scale_max) == ("layer", 0.125, 0.125)
 
     assert inspection.sizes == {
-        "float32_bytes": 4 * (108 + 6) + 20 + 6 + 8,
+        "float32_bytes": 4 * (108 + 6) + 20 + 12 + 8,
         "file_bytes": file.stat().st_size,
         "codes_bytes": 46,
         "scale_bytes": 20,
         "others_bytes": 20 + 6 + 8,
+        "header_bytes": 8 + int.from_bytes(file.read_bytes()[:8], "little"),
         "entropy_bytes": round((108 * shift.entropy + 6 * binary.entropy) / 8),
         "bits_per_weight": pytest.approx(8 * 46 / 114),
+        "entropy": pytest.approx((108 * shift.entropy + 6 * binary.entropy) / 114),
+        "bits_per_parameter": pytest.approx(8 * file.stat().st_size / 122),
         "constrained_share": pytest.approx(114 / 122),
+        "half_share": pytest.approx(3 / 8),
     }
     assert (inspection.source, inspection.run, inspection.metrics) == (
         {"architecture": "tiny"},
         {"seed": 1},
         {"top1": 50.0},
     )
+
+
+def test_dense_packing_is_seen(file: Path) -> None:
+    write(file, read(file).packed_as("dense"))
+    binary, shift = inspect_file(file).layers
+    assert (binary.packing, binary.codes_bytes) == ("bits", 2)
+    words = 4 * (2 * 4 + 2)  # 27 weights of each channel: two words of 11, and 5 digits below 256²
+    assert (shift.packing, shift.bits, shift.codes_bytes) == ("dense", 3, words)
+    assert shift.bits_per_weight == pytest.approx(8 * words / 108)
 
 
 def test_to_dict_is_json(file: Path) -> None:

@@ -133,6 +133,20 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything ran
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=OUTPUT)]
+Pack = Annotated[  # None lets a variable or a configuration file say, or a file stay as it is
+    str | None,
+    typer.Option(
+        "--pack",
+        metavar="NAME",
+        help="bits: whole bits for each code. dense: several codes as one number, where that takes less (three levels "
+        "1.6 bits, five 2.4, seven 2.91); such a file cannot be read by cbpq 0.1.0.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Half = Annotated[
+    bool,
+    typer.Option("--half", help="Tensors that stay float in half precision.", rich_help_panel=OUTPUT),
+]
 MinTop1 = Annotated[
     float | None,
     typer.Option("--min-top1", metavar="PERCENT", min=0, max=100, help="Least top-1 accuracy.", rich_help_panel=GATES),

@@ -10,6 +10,10 @@ from rich.text import Text
 from cbpq import sections
 from cbpq.cli import common
 from cbpq.errors import UsageError
+from cbpq.report import accuracy_section
+
+if TYPE_CHECKING:
+    from cbpq.api import Measurement
 
 if TYPE_CHECKING:
     from cbpq.exports import Exported
@@ -32,8 +36,8 @@ def command(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="state-dict, onnx, qonnx, torchao, pt2, coreml or c (a folder); unless given, by the ending of OUT: "
-            ".pth or .safetensors for state-dict, .onnx for onnx, .pt2, .mlpackage.",
+            help="state-dict, onnx, qonnx, torchao, pt2, coreml, c (a folder), or cbpq to pack it otherwise; unless "
+            "given, by the ending of OUT: .pth or .safetensors for state-dict, .onnx for onnx, .pt2, .mlpackage.",
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
@@ -69,13 +73,15 @@ def command(
             rich_help_panel=common.OUTPUT,
         ),
     ] = None,
+    pack: common.Pack = None,
+    half: common.Half = False,
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             metavar="PATH",
             help="For int8 and the hardware report: pictures that tell how large activations become; with int8, labels "
-            "measure the accuracy. Without it, pictures are made of the network.",
+            "measure the accuracy. Without it, pictures are made of the network. For cbpq: measure what --half costs.",
             rich_help_panel=common.DATA,
         ),
     ] = None,
@@ -104,32 +110,51 @@ def command(
       cbpq export out/model.safetensors --format c -o resnet18_c
       cbpq export out/model.safetensors --hardware-report resnet18_hardware --data imagenet/
       cbpq export out/model.safetensors -o resnet18.mlpackage
+      cbpq export out/model.safetensors --format cbpq --pack dense --half --data imagenet/ -o small.safetensors
     """
     from cbpq.exports import FORMATS, check_request, export
 
-    options = {"format": format, "opset": opset, "fold_bn": fold_bn or None, "check": check, "activations": activations}
+    options = {
+        "format": format,
+        "opset": opset,
+        "fold_bn": fold_bn or None,
+        "check": check,
+        "activations": activations,
+        "pack": pack,
+        "half": half or None,
+    }
     wanted = _wanted(output, hardware_report, options, data)
     for name, (out, given) in wanted.items():
         check_request(name, out, overwrite=overwrite, **given)
+    measured = half and data is not None and "cbpq" in wanted
     model = spec = None
-    if arch is not None:
-        if not any(FORMATS[name].chosen(given)[1] for name, (_, given) in wanted.items()):
-            raise UsageError(f"--arch makes no sense with --format {min(wanted)}, which needs no network; leave it out")
-        from cbpq.model_file import load
+    if any(FORMATS[name].chosen(given)[1] for name, (_, given) in wanted.items()):
+        if arch is not None:
+            from cbpq.model_file import load
 
-        loaded = load(file, arch=arch)
-        model, spec = loaded.model, loaded.info.input_spec
+            loaded = load(file, arch=arch)
+            model, spec = loaded.model, loaded.info.input_spec
+    elif arch is not None and not measured:
+        raise UsageError(f"--arch makes no sense with --format {min(wanted)}, which needs no network; leave it out")
     results = []
     for name, (out, given) in wanted.items():
         with common.stderr().status(Text(sections.printable(f"{name}: {out}"))):
             results.append(export(file, name, out, model=model, spec=spec, overwrite=overwrite, **given))
+    cost = _cost(wanted["cbpq"][0], file, data, arch) if measured and data is not None else None
     if json:
         documents = [result.to_dict() for result in results]
+        documents[-1] |= {"measured": cost.to_dict()} if cost else {}
         both = {**documents[-1], "hardware_report": documents[0]}
         common.print_json(both if len(documents) > 1 else documents[0])
         return
     for result in results:
         _show(result)
+    if cost is not None:
+        document = cost.to_dict()
+        names = (document, document["original"], document["comparison"])
+        sections.render(common.stdout(), accuracy_section(*names, name="half precision"))
+    elif half:
+        common.note(common.stderr(), f"not measured; cbpq evaluate {output} --data PATH --against {file} does that")
 
 
 def _wanted(
@@ -159,6 +184,8 @@ def _wanted(
             raise UsageError(f"--format {chosen} and --hardware-report are the same; give one of them")
     # beside a report, pictures need not be for the format
     calibrates = report is None or options["activations"] == "int8"
+    if chosen == "cbpq" and options["half"]:
+        calibrates = False  # they measure what was written
     wanted[chosen] = output, {**options, "data": data if calibrates else None}
     return wanted
 
@@ -174,6 +201,22 @@ def _show(result: "Exported") -> None:
             console.print(Text(sections.printable(fact)), soft_wrap=True)
     for text in result.notes:
         common.note(common.stderr(), text)
+
+
+def _cost(output: Path, file: Path, data: str, arch: str | None) -> "Measurement":
+    """The written network beside the one it was made from."""
+    from cbpq.api import evaluate
+
+    with common.progress(common.stderr(), "evaluating") as bar:
+        task = bar.add_task("", total=None)
+        return evaluate(
+            output,
+            data,
+            against=file,
+            arch=arch,
+            on_start=lambda batches: bar.update(task, total=batches),
+            on_batch=lambda: bar.advance(task),
+        )
 
 
 def format_of(output: Path) -> str:

@@ -86,7 +86,7 @@ def _codes_section(layers: Sequence[LayerInspection]) -> Section:
 
 def _layers_section(layers: Sequence[LayerInspection], wide: bool) -> Section:
     suffix = ".weight" if all(layer.name.endswith(".weight") for layer in layers) else ""
-    numeric = ("bits", "zeros", "entropy", "scale")
+    numeric = ("bits", "entropy", "zeros", "scale")
     columns = ("layer", "shape", *numeric, "codes", *(["codes in %"] if wide else []))
     rows = []
     for layer in layers:
@@ -94,8 +94,8 @@ def _layers_section(layers: Sequence[LayerInspection], wide: bool) -> Section:
             layer.name.removesuffix(suffix),
             sections.shape(layer.shape),
             sections.significant(layer.bits_per_weight),
+            sections.significant(layer.entropy),
             sections.share(layer.zeros),
-            sections.number(layer.entropy, 2),
             _scales(layer),
             bars(layer.counts),
         ]
@@ -103,8 +103,10 @@ def _layers_section(layers: Sequence[LayerInspection], wide: bool) -> Section:
             many = len(layer.counts) > _MANY_LEVELS
             row.append("" if many else " ".join(f"{100 * count / layer.parameters:.0f}" for count in layer.counts))
         rows.append(row)
+    dense = sum(layer.packing == "dense" for layer in layers)
+    densely = f", {'all' if dense == len(layers) else f'{dense} layers'} densely packed" if dense else ""
     per = sorted({layer.scale_per for layer in layers})
-    notes = (f"One scale per {' or '.join(per)}. Bits and entropy are per weight, the bits with padding.",)
+    notes = (f"One scale per {' or '.join(per)}. Bits and entropy are per weight, the bits as stored{densely}.",)
     plural = "s" if len(layers) > 1 else ""
     title = f"{len(layers)} {layers[0].constraint} layer{plural}"
     return Section(title, columns, rows, frozenset(numeric), frozenset(("layer",)), notes)

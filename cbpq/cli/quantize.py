@@ -20,6 +20,7 @@ from cbpq.cli.common import (
     ClassMap,
     Config,
     CropPct,
+    Half,
     InputSize,
     Interpolation,
     Json,
@@ -29,6 +30,7 @@ from cbpq.cli.common import (
     MinAgreement,
     MinTop1,
     Overwrite,
+    Pack,
     Pretrained,
     Quiet,
     SkipBadImages,
@@ -187,6 +189,8 @@ def command(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    pack: Pack = None,
+    half: Half = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished run in the output.", rich_help_panel=OUTPUT)
     ] = False,
@@ -228,6 +232,8 @@ def command(
         "augment": augment,
         "device": device,
         "amp": amp or None,
+        "pack": pack,
+        "half": half or None,
         "epochs": epochs,
         "rounding": rounding,
         "lr": lr,

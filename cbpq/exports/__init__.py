@@ -154,6 +154,13 @@ FORMATS: Mapping[str, Format] = {
         needs_network=True,
         options=("data",),
     ),
+    "cbpq": Format(
+        summary="a cbpq file again, with its codes packed densely or its floats in half precision",
+        function="cbpq.exports.smaller:export_cbpq",
+        extensions=(".safetensors",),
+        by_ending=False,
+        options=("check", "pack", "half"),
+    ),
 }
 
 
@@ -219,12 +226,6 @@ def check_request(format: str, out: Path, *, overwrite: bool = False, **options:
     for module in target.modules:
         require_extra(module, target.extra)
     return target, given
-
-
-def float32_size(file: CbpqFile) -> int:
-    """Bytes of all tensors of the network, the constrained weights counted as float32."""
-    constrained = sum(4 * tensor.codes.size for tensor in file.constrained.values())
-    return int(constrained + sum(array.nbytes for array in file.others.values()))
 
 
 def _check_out(out: Path, format: str, target: Format, overwrite: bool) -> None:

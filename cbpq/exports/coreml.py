@@ -27,7 +27,7 @@ from torch import nn
 
 from cbpq.atomic import atomic_write_folder
 from cbpq.errors import CbpqError, require_extra
-from cbpq.exports import FORMATS, Exported, float32_size
+from cbpq.exports import FORMATS, Exported
 from cbpq.exports.translation import all_names, check_weights, exporting, one_line, own_names, program_of, quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
@@ -95,7 +95,7 @@ def export_coreml(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, 
     facts["unused_weights"] = sorted(file.constrained.keys() - used)
     atomic_write_folder(out, content)
     size = sum(map(len, content.values()))
-    return Exported("coreml", out, size, float32_size(file), facts, tuple(_notes(facts, check)))
+    return Exported("coreml", out, size, file.float32_bytes, facts, tuple(_notes(facts, check)))
 
 
 def _check_levels(file: CbpqFile) -> None:

@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.checks import Runs, compare_logits
 from cbpq.exports.state_dict import serialized
 from cbpq.exports.translation import all_names, check_weights, exporting, own_names, program_of
@@ -95,7 +95,7 @@ def export_folded(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, 
 
         facts |= compare_logits(f"torch {torch.__version__}", load, network, spec)
     atomic_write(out, data)
-    return Exported("state-dict", out, len(data), float32_size(file), facts, (_NOTE, _HOW_TO_LOAD))
+    return Exported("state-dict", out, len(data), file.float32_bytes, facts, (_NOTE, _HOW_TO_LOAD))
 
 
 def find_folds(network: nn.Module, spec: InputSpec) -> list[Fold]:

@@ -18,13 +18,13 @@ from torch import nn
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError, UsageError, require_extra
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.onnx_checks import check_integers, check_logits
 from cbpq.exports.onnx_graph import check_size, finish, replace_weights, translate
 from cbpq.exports.translation import quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
-from cbpq.packing import pack
+from cbpq.packing import pack, word_of_bits
 
 DEFAULT_OPSET = 21
 # The IR version that came with each opset; the onnx package would write its newest, which runtimes refuse.
@@ -80,7 +80,7 @@ def export_onnx(
     if check:
         facts |= check_logits(onnxruntime, data, translated.network, spec)
     atomic_write(out, data)
-    return Exported("onnx", out, len(data), float32_size(file), facts, (_NOTE, *translated.notes))
+    return Exported("onnx", out, len(data), file.float32_bytes, facts, (_NOTE, *translated.notes))
 
 
 def _check_opset(opset: int | None) -> int:
@@ -108,5 +108,5 @@ def _packed_codes(onnx: ModuleType, name: str, tensor: ConstrainedTensor, kind: 
     codes = onnx.TensorProto(name=f"{name}.codes", data_type=data_type, dims=tensor.codes.shape)
     # ONNX packs like `pack`, least significant first; two's complement of `bits` bits
     unsigned = (tensor.codes.astype(np.int32) & (2**bits - 1)).astype(np.uint8)
-    codes.raw_data = pack(unsigned.reshape(1, -1), bits).tobytes()
+    codes.raw_data = pack(unsigned.reshape(1, -1), word_of_bits(bits)).tobytes()
     return codes

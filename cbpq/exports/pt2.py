@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.checks import Runs, compare_logits
 from cbpq.exports.translation import Logits, all_names, check_weights, exporting, program_of, quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
@@ -67,7 +67,7 @@ def export_pt2(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *, 
         batches = (1, 3) if any_batch else (1,)
         facts |= compare_logits(f"torch {version}", lambda: _loaded(data), network, spec, batches=batches)
     atomic_write(out, data)
-    return Exported("pt2", out, len(data), float32_size(file), facts, _notes(program, any_batch))
+    return Exported("pt2", out, len(data), file.float32_bytes, facts, _notes(program, any_batch))
 
 
 class _Decoding(Logits):

@@ -21,7 +21,7 @@ from torch import nn
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import require_extra
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.integer_layers import IntegerLayers, annotation, smallest
 from cbpq.exports.onnx_checks import check_annotations, check_logits
 from cbpq.exports.onnx_graph import check_size, finish, replace_weights, translate
@@ -56,7 +56,7 @@ def export_qonnx(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *
             Nothing was written.
     """
     onnx, onnxscript, onnxruntime = (require_extra(name, "onnx") for name in ("onnx", "onnxscript", "onnxruntime"))
-    check_size(float32_size(file))
+    check_size(file.float32_bytes)
     file = replace(file, constrained={name: smallest(tensor) for name, tensor in file.constrained.items()})
 
     with quiet():
@@ -80,4 +80,4 @@ def export_qonnx(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *
     if check:
         facts |= check_logits(onnxruntime, data, translated.network, spec, batches=[1] * 4)
     atomic_write(out, data)
-    return Exported("qonnx", out, len(data), float32_size(file), facts, (*_NOTES, *translated.notes))
+    return Exported("qonnx", out, len(data), file.float32_bytes, facts, (*_NOTES, *translated.notes))

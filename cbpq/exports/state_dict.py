@@ -1,7 +1,7 @@
 """Export to a plain state dict: float32 again, for everything that knows nothing of cbpq.
 
 Names, types and shapes are those of the network's own ``state_dict()``, so ``load_state_dict(strict=True)`` accepts
-them; each constrained weight is decoded to the very bits the network computed with.
+them; each constrained weight is decoded to the very bits the network computed with, and half precision widened.
 """
 
 import io
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError, UsageError
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.fileformat import CbpqFile
 
 _NOTE = "float32 weights again: as large as the original network and no faster, but any tool loads them"
@@ -33,14 +33,14 @@ def export_state_dict(file: CbpqFile, out: Path, *, check: bool = True) -> Expor
         UsageError: another extension.
         CbpqError: ``out`` cannot be written, or what was to be written does not read back equal.
     """
-    arrays = {name: tensor.weight() for name, tensor in file.constrained.items()} | file.others
+    arrays = file.state()
     data, _ = serialized(arrays, out, check=check)
     atomic_write(out, data)
     return Exported(
         format="state-dict",
         path=out,
         size=len(data),
-        float32_size=float32_size(file),
+        float32_size=file.float32_bytes,
         facts={"tensors": len(arrays), "decoded": len(file.constrained)},
         notes=(_NOTE,),
     )

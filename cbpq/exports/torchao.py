@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from cbpq import container
 from cbpq.atomic import atomic_write
 from cbpq.errors import CbpqError, require_extra
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.checks import Runs, compare_logits
 from cbpq.exports.state_dict import check_equal
 from cbpq.exports.translation import all_names, check_weights, exporting, one_line, quiet
@@ -85,7 +85,7 @@ def export_torchao(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path,
     if check:
         facts |= _checked(layout, data, network, spec, f"torchao {torchao.__version__}")
     atomic_write(out, data)
-    return Exported("torchao", out, len(data), float32_size(file), facts, (_NOTE, _HOW_TO_LOAD))
+    return Exported("torchao", out, len(data), file.float32_bytes, facts, (_NOTE, _HOW_TO_LOAD))
 
 
 def _integers(network: nn.Module, file: CbpqFile, spec: InputSpec) -> dict[str, ConstrainedTensor]:
@@ -174,7 +174,7 @@ def _checked(layout: ModuleType, data: bytes, network: nn.Module, spec: InputSpe
     """What torchao makes of the file: every tensor of ``network`` to the bit, and its logits."""
     try:
         with quiet():
-            metadata, _ = container.read_header(io.BytesIO(data))
+            metadata, *_ = container.read_header(io.BytesIO(data))
             state, rest = layout.unflatten_tensor_state_dict(safetensors.torch.load(data), metadata)
     except Exception as error:  # torchao and safetensors raise what they like
         raise CbpqError(f"{reader} does not load its own layout: {one_line(error)}; export as state-dict") from error

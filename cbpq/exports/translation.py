@@ -89,8 +89,7 @@ def check_weights(network: nn.Module, file: CbpqFile) -> None:
         CbpqError: a tensor of the file is missing or different.
     """
     state = network.state_dict()
-    arrays = file.others | {name: tensor.weight() for name, tensor in file.constrained.items()}
-    for name, array in arrays.items():
+    for name, array in file.state().items():
         expected = torch.from_numpy(np.array(array))  # a copy, because arrays from a file may be read-only
         if name not in state or state[name].dtype != expected.dtype or not torch.equal(state[name], expected):
             raise CbpqError(f"the network does not hold the file's {name}; load it from the file to be exported")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cbpq.atomic import atomic_write_folder
 from cbpq.errors import UsageError, did_you_mean
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.c import text
 from cbpq.exports.c.calibration import accuracy, agreement, pictures, ranges
 from cbpq.exports.c.compiler import FLAGS, compile_and_run, find_compiler, version
@@ -98,7 +98,7 @@ def export_c(
         notes.append(f"not compiled, since {why}; try it: cc {' '.join(FLAGS)} network.c main.c -lm && ./a.out")
     atomic_write_folder(out, {name: content.encode("ascii") for name, content in made.files.items()})
     size = sum(map(len, made.files.values()))
-    return Exported("c", out, size, float32_size(file), facts, tuple(notes))
+    return Exported("c", out, size, file.float32_bytes, facts, tuple(notes))
 
 
 @dataclass(frozen=True)

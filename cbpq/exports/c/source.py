@@ -26,7 +26,7 @@ from cbpq.exports.c.operations import (
     Window,
 )
 from cbpq.inputs import InputSpec
-from cbpq.packing import pack
+from cbpq.packing import pack, word_of_bits
 
 MOST_POWERS = 15  # a level is an int16
 _TOTAL_BYTES = 4  # a sum is a float or an int32
@@ -165,7 +165,7 @@ class SourceWriter:
                 "format c does not add up; choose onnx or state-dict"
             )
         indices = np.searchsorted(tensor.levels, operation.weight.reshape(len(operation.weight), -1)).astype(np.uint8)
-        packed = pack(indices, tensor.bits)
+        packed = pack(indices, word_of_bits(tensor.bits))
         if tensor.levels not in self._levels:
             label = f"levels{len(self._levels)}"
             self._levels[tensor.levels] = self._constant(label, np.array(tensor.levels, dtype=np.int16))

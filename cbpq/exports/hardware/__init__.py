@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cbpq.atomic import atomic_write_folder
 from cbpq.errors import MissingPartError
-from cbpq.exports import Exported, float32_size
+from cbpq.exports import Exported
 from cbpq.exports.c.calibration import agreement, pictures
 from cbpq.exports.hardware.energy import energy
 from cbpq.exports.hardware.golden import golden
@@ -80,7 +80,7 @@ def hardware_report(
         notes.append(f"the plot is left out: {error}")
     atomic_write_folder(out, files)
     size = sum(map(len, files.values()))
-    return Exported("hardware-report", out, size, float32_size(file), _facts(report), tuple(notes))
+    return Exported("hardware-report", out, size, file.float32_bytes, _facts(report), tuple(notes))
 
 
 @torch.no_grad()
