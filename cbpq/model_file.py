@@ -61,7 +61,7 @@ def save(
     write(Path(path), content)
     decoded = read(Path(path)).state()
     for name, tensor in state.items():
-        if not torch.equal(torch.from_numpy(decoded[name].copy()), tensor):
+        if not torch.equal(torch.from_numpy(decoded[name].copy()).to(tensor.dtype), tensor):
             raise CbpqError(
                 f"{path}: {name} does not decode to the trained weight; this is a bug in cbpq, please report it"
             )
