@@ -68,6 +68,7 @@ def test_flags_named_in_documents_exist() -> None:
     helps = "".join(
         command(name, "--help").out for name in ("quantize", "evaluate", "compare", "inspect", "export", "models")
     )
+    helps += script("deploy.table").command_line().format_help()
     known = set(re.findall(r"--[a-z][a-z0-9-]+", helps)) | {"--install-completion", "--strict", "--version"}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text()))

@@ -208,7 +208,7 @@ BITS = {"binary": 1, "ternary": 2, "one-bit-shift": 3, "two-bit-shift": 3, "leve
 
 @pytest.fixture
 def reader() -> Any:
-    return importlib.import_module("coreml_reader")
+    return importlib.import_module("examples.deploy.coreml_reader")
 
 
 def check(reader: Any, out: Path, model: nn.Module, file: CbpqFile, spec: InputSpec, bits: int) -> None:

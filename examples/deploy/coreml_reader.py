@@ -31,6 +31,7 @@ def read(package: Path) -> Any:
 
 
 def palettized(function: Any) -> dict[str, Palettized]:
+    """The palettized weights, by their names."""
     return {
         operation.outputs[0].name: Palettized(
             operation.materialized_val_inference(),
@@ -48,6 +49,7 @@ def padded(x: Tensor, pad: Any, value: float = 0.0) -> Tensor:
 
 
 def pool(kind: str, x: Tensor, given: dict[str, Any]) -> Tensor:
+    """A pooling operator by torch."""
     assert given["pad_type"] == "custom"
     pad = given["pad"].reshape(-1, 2)
     assert (pad[:, 0] == pad[:, 1]).all()
@@ -60,6 +62,7 @@ def pool(kind: str, x: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def computed(kind: str, given: dict[str, Any]) -> Tensor:
+    """What an operator gives for its inputs, by torch."""
     x = given.get("x")
     assert isinstance(x, Tensor)
     if kind == "conv":
@@ -89,6 +92,7 @@ def computed(kind: str, given: dict[str, Any]) -> Tensor:
 
 
 def value(constant: Any) -> Any:
+    """A constant as torch takes it."""
     floats = isinstance(constant, np.ndarray) and constant.dtype == np.float32 and constant.ndim
     return torch.from_numpy(np.array(constant)) if floats else constant
 
@@ -100,6 +104,7 @@ def logits(function: Any, images: Tensor) -> Tensor:
 
 
 def run(function: Any, picture: Tensor) -> Tensor:
+    """Logits (1, classes) of one picture (1, C, H, W)."""
     known: dict[str, Any] = dict.fromkeys(function.inputs, picture)
     for operation in function.operations:
         name = operation.outputs[0].name

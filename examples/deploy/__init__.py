@@ -1,0 +1,1 @@
+"""A network in every format of ``cbpq export``, measured in the tools that read them."""
