@@ -108,8 +108,9 @@ class PackedWeight(nn.Module):
             values = sum((place << 8 * number for number, place in enumerate(places[1:], 1)), places[0])
         found = []
         for _ in range(0, self.word.digits - digits, digits):
-            found.append(values % entries)
-            values = values // entries
+            higher = values // entries
+            found.append(values - higher * entries)
+            values = higher
         return [*found, values]
 
 

@@ -140,8 +140,11 @@ def unpack(packed: NDArray[np.uint8], word: Word, count: int) -> NDArray[np.uint
     step = table.shape[1]
     indices = np.empty((*values.shape, word.digits), dtype=np.uint8)
     for digit in range(0, word.digits, step):
+        higher = values // len(table)
         most = min(step, word.digits - digit)
-        indices[:, :, digit : digit + most] = table[values // word.base**digit % len(table), :most]
+        # the remainder like this, and `take` instead of brackets, because both are a few times as fast
+        indices[:, :, digit : digit + most] = np.take(table, values - higher * len(table), axis=0)[:, :, :most]
+        values = higher
     return np.ascontiguousarray(indices.reshape(len(packed), -1)[:, :count])
 
 
@@ -153,7 +156,8 @@ def in_range(packed: NDArray[np.uint8], word: Word, count: int) -> bool:
     """
     values = _values(packed, word, count)
     full, rest = divmod(count, word.digits)
-    return not (values[:, :full] >= word.base**word.digits).any() and not (values[:, full:] >= word.base**rest).any()
+    largest = values.max(axis=0, initial=0)
+    return not (largest[:full] >= word.base**word.digits).any() and not (largest[full:] >= word.base**rest).any()
 
 
 def _values(packed: NDArray[np.uint8], word: Word, count: int) -> NDArray[np.signedinteger[Any]]:
@@ -162,13 +166,14 @@ def _values(packed: NDArray[np.uint8], word: Word, count: int) -> NDArray[np.sig
     rows, width = packed.shape
     if count < 0 or width != word.row_bytes(count):
         raise UsageError(f"{count} indices do not make rows of {width} bytes; pass the count packed")
+    kind: np.dtype[np.signedinteger[Any]] = np.dtype(np.int32 if word.width < 4 else np.int64)
     if word.width == 1:
-        return packed.astype(np.int16)
+        return packed.astype(kind)
     padded = np.zeros((rows, -(-count // word.digits) * word.width), dtype=np.uint8)
     padded[:, :width] = packed
-    values = np.zeros((rows, padded.shape[1] // word.width), dtype=np.int64)
-    for place in range(word.width):
-        values |= padded[:, place :: word.width].astype(np.int64) << 8 * place
+    values: NDArray[np.signedinteger[Any]] = padded[:, :: word.width].astype(kind)
+    for place in range(1, word.width):
+        values |= padded[:, place :: word.width].astype(kind) << 8 * place
     return values
 
 

@@ -257,6 +257,12 @@ def test_export_refuses_in_one_line(job: Path, tmp_path: Path) -> None:
     refused(export(plain, "-o", out, "--half", "--data", tmp_path / "nothing"), 2, "nothing")
 
 
+def test_halving_twice_is_halving_once(job: Path, tmp_path: Path) -> None:
+    for source, name in ((file_of(job, "plain"), "a"), (tmp_path / "a.safetensors", "b")):
+        assert export(source, "--half", "-o", tmp_path / f"{name}.safetensors").code == 0
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_export_over_its_own_source(job: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(file_of(job, "plain").read_bytes())

@@ -36,7 +36,9 @@ def export_cbpq(
     smaller = file if pack is None else file.packed_as(pack)
     notes = []
     if half:
-        smaller = dataclasses.replace(smaller.halved(), metrics={"before_half_precision": file.metrics})
+        rounded = smaller.halved()
+        if any(array is not smaller.others[name] for name, array in rounded.others.items()):
+            smaller = dataclasses.replace(rounded, metrics={"before_half_precision": file.metrics})
         kept = sorted(name for name, array in smaller.others.items() if array.dtype == np.float32)
         notes += [f"half precision cannot hold {', '.join(kept)}, which stay in float32"] if kept else []
     content = encode(smaller)

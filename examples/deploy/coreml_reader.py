@@ -61,6 +61,18 @@ def pool(kind: str, x: Tensor, given: dict[str, Any]) -> Tensor:
     return functional.avg_pool2d(x, *window, ceil_mode=ceil, count_include_pad=inside)
 
 
+def sliced(x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Every so many-th element of each axis, from ``begin`` to ``end`` or, where masked, from and to its ends."""
+    steps, axes = given["stride"].tolist(), range(x.dim())
+    assert "squeeze_mask" not in given or not given["squeeze_mask"].any()
+
+    def ends(name: str) -> list[int | None]:
+        masked = given[f"{name}_mask"] if f"{name}_mask" in given else np.zeros(x.dim(), bool)
+        return [None if masked[axis] else int(given[name][axis]) for axis in axes]
+
+    return x[tuple(map(slice, ends("begin"), ends("end"), steps))]
+
+
 def computed(kind: str, given: dict[str, Any]) -> Tensor:
     """What an operator gives for its inputs, by torch."""
     x = given.get("x")
@@ -84,6 +96,8 @@ def computed(kind: str, given: dict[str, Any]) -> Tensor:
     if kind == "pad":
         assert given["mode"] == "constant"
         return padded(x, given["pad"], float(given["constant_val"]))
+    if kind == "slice_by_index":
+        return sliced(x, given)
     if kind == "reduce_mean":
         return x.mean(given["axes"].tolist(), keepdim=bool(given["keep_dims"]))
     if kind == "reshape":
