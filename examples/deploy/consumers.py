@@ -53,6 +53,13 @@ def network(export: Path, source: Path, arch: str | None) -> Runs:
     return _by_torch(_rebuilt(export, arch).model)
 
 
+def packed(export: Path, source: Path, arch: str | None) -> Runs:
+    """A cbpq file whose weights stay packed in memory and are decoded whenever they are used."""
+    import cbpq
+
+    return _by_torch(cbpq.load(export, arch=arch, packed=True).model)
+
+
 def state_dict(export: Path, source: Path, arch: str | None) -> Runs:
     """A state dict in the code of the network."""
     import torch
@@ -159,6 +166,7 @@ def compiled_c(export: Path, source: Path, arch: str | None) -> Runs:
 
 CONSUMERS: Mapping[str, Callable[[Path, Path, str | None], Runs]] = {
     NETWORK: network,
+    "cbpq": packed,
     "state-dict": state_dict,
     "folded": folded,
     "torchao": torchao,
@@ -171,6 +179,7 @@ CONSUMERS: Mapping[str, Callable[[Path, Path, str | None], Runs]] = {
     "c": compiled_c,
 }
 _PACKAGES = {
+    "cbpq": "cbpq",
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
     "openvino-accuracy": "OpenVINO",

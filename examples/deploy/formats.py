@@ -51,6 +51,15 @@ class Format:
 
 _ONNX = ("--format", "onnx")
 FORMATS: Sequence[Format] = (
+    Format(("--format", "cbpq", "--pack", "dense"), "-dense.safetensors", "cbpq", "packed", like=NETWORK, code=False),
+    Format(
+        ("--format", "cbpq", "--pack", "dense", "--half"),
+        "-half.safetensors",
+        "cbpq",
+        "packed",
+        like=NETWORK,
+        code=False,
+    ),
     Format(("--format", "state-dict"), ".pth", "state-dict", like=NETWORK, code=False),
     Format(("--format", "state-dict", "--fold-bn"), "-folded.pth", "folded", like=NETWORK),
     Format(("--format", "torchao"), "-torchao.safetensors", "torchao", like=NETWORK),

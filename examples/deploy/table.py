@@ -192,7 +192,7 @@ def line(name: str, row: Mapping[str, Any]) -> str:
         str(row["pictures"]),
         f"{row['max_difference']:.1e} of {row['max_logit']:.3g}",
         f"{top1:.1f} %, {same}" if top1 is not None else same,
-        *("—" if time is None else f"{time * 1e3:.3g} ms" for time in (row["seconds"], row["float32_seconds"])),
+        *("—" if time is None else f"{time * 1e3:,.1f} ms" for time in (row["seconds"], row["float32_seconds"])),
     ]
     return f"| {' | '.join(cells)} |"
 
