@@ -37,7 +37,7 @@ def pictures(data: str | None, network: nn.Module, spec: InputSpec, classes: int
     if data is None:
         choices = replace(SynthesisChoices.for_input(spec), count=_SYNTHESISED, batch_size=_SYNTHESISED)
         kind = "synthesised pictures" if remembering(network) else "pictures of noise"
-        note = f"the ranges of the activations are those on {_SYNTHESISED} {kind}; with --data they are real ones'"
+        note = f"the ranges of the activations are those on {_SYNTHESISED} {kind}; give --data for real ones"
         return Pictures(synthesize(network, spec, classes, choices), None, None, note)
     opened = load_data(data, spec, classes, batch_size=64, calibration=PICTURES)
     chosen, _ = _read(opened.calibration or opened.val, spec, PICTURES)
