@@ -94,11 +94,9 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def claims_more_memory(data: bytes | mmap.mmap, file: IO[bytes]) -> bool:
-    """Whether ``torch.load`` would take more memory than a file has bytes; what ``torch.save`` writes never does.
+    """Whether ``torch.load`` would take more memory than a file has bytes, which what ``torch.save`` writes never does.
 
-    Args:
-        data: the whole file.
-        file: the same, open.
+    ``data`` is the whole file, and ``file`` the same, open.
 
     Raises:
         zipfile.BadZipFile: it begins as an archive, but is none.

