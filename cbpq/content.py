@@ -128,7 +128,7 @@ class CbpqFile:
     def state(self) -> dict[str, NDArray[Any]]:
         """The network's state dict: constrained weights decoded, half precision widened to float32."""
         others = {name: array.astype(np.float32) if _is(array, 16) else array for name, array in self.others.items()}
-        return {name: tensor.weight() for name, tensor in self.constrained.items()} | others
+        return others | {name: tensor.weight() for name, tensor in self.constrained.items()}
 
     @property
     def float32_bytes(self) -> int:
