@@ -168,7 +168,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             outcome = command(*words[1:])
             assert outcome.code == 0, outcome.err
             ran += 1
-    assert ran == 10
+    assert ran == 12
     for line in re.findall(r"^python -m examples.deploy.table (.*)$", README, re.MULTILINE):
         words = re.sub(r"--\w+-python \S+|--beside \S+|-o \S+", "", line).split()
         table(tmp_path, *words, "--only", "state-dict", "onnxruntime")
