@@ -13,13 +13,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from cbpq.errors import SourceError, UsageError, did_you_mean
+from cbpq.lazy import Lazy
 from cbpq.tracing import one_line
+
+timm, torchvision = Lazy("timm"), Lazy("torchvision")
 
 # They would read files or fetch from the network; arguments may come from a file, which must not have that power.
 _FORBIDDEN = {

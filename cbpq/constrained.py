@@ -84,8 +84,9 @@ class Constrained:
         self._install()
 
     def _slot(self, name: str, parameter: nn.Parameter, start: Start | None) -> Slot:
-        latent = start.latent if start else parameter.detach()
-        latent = latent.clone(memory_format=torch.contiguous_format)
+        latent = parameter.detach().clone()  # in the parameter's memory layout
+        if start:
+            latent.copy_(start.latent)
         if latent.dtype not in (torch.float32, torch.float64):
             raise UsageError(f"{name} is {latent.dtype}: constrain a float32 model and train it under autocast instead")
         if not bool(latent.isfinite().all()):
@@ -103,7 +104,7 @@ class Constrained:
         decay.
         """
         group: dict[str, Any] = {
-            "params": [slot.grid.scale for slot in self._slots()],
+            "params": [weight.slot.grid.scale for weight in self._weights.values()],
             "lr": beside["lr"] * self.settings.scale_lr,
             "weight_decay": 0.0,
         }
@@ -112,7 +113,8 @@ class Constrained:
         self.optimizer.add_param_group(group)
 
     def _slots(self) -> Iterator[Slot]:
-        return (weight.slot for weight in self._weights.values())
+        """All constrained weights, as methods see them."""
+        return (slot for weight in self._weights.values() for _, slot in weight.pieces)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if any(callable(argument) for argument in (*arguments, *keywords.values())):
@@ -139,7 +141,7 @@ class Constrained:
             self.project()
             return
         for weight in self._weights.values():
-            weight.parameter.copy_(self.method.constrained_weight(weight.slot))
+            weight.install(self.method.constrained_weight)
 
     @torch.no_grad()
     def advance(self, progress: float) -> Update:
@@ -195,7 +197,7 @@ class Constrained:
         """
         if model is None:
             for weight in self._weights.values():
-                weight.parameter.copy_(weight.slot.grid.nearest(weight.slot.latent))
+                weight.install(lambda slot: slot.grid.nearest(slot.latent))
             return
         parameters = dict(unwrapped(model).named_parameters())
         for name, weight in self._weights.items():
@@ -223,7 +225,7 @@ class Constrained:
     def cfs(self) -> float:
         """Constraint failure score: mean of Y = 2 |w − nearest| over all constrained latent weights."""
         distance = sum(total(slot.grid.distance(slot.latent)) for slot in self._slots())
-        return distance / sum(slot.latent.numel() for slot in self._slots())
+        return distance / sum(weight.slot.latent.numel() for weight in self._weights.values())
 
     @torch.no_grad()
     def penalty(self) -> float:
@@ -258,7 +260,7 @@ class Constrained:
                 denominator=self.level_set.denominator,
                 constraint=self.level_set.name,
             )
-            for name, (latent, grid, _) in ((name, weight.slot) for name, weight in self._weights.items())
+            for name, (latent, grid, _, _) in ((name, weight.slot) for name, weight in self._weights.items())
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,7 +301,8 @@ class Constrained:
 
 def _rates(optimizer: Optimizer) -> dict[int, float]:
     """Learning rate of every parameter, by its id. Looked up at every step: loading a state replaces the groups."""
-    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    rates = [(float(group["lr"]), group["params"]) for group in optimizer.param_groups]
+    return {id(parameter): rate for rate, parameters in rates for parameter in parameters}
 
 
 def constrain(

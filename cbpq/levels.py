@@ -20,14 +20,17 @@ tent ``(q_{i+1} − q_i) − 2|w − m_i|``, outside them a ramp, which together
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from math import lcm
 
 import torch
 from torch import Tensor
 
 from cbpq.errors import UsageError, did_you_mean
+from cbpq.fused import fused
 
 MAX_LEVELS = 256  # a code's index is one byte in the file
 MAX_SHIFT = 10
@@ -119,9 +122,17 @@ def total(values: Tensor) -> float:
     return float(values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64))
 
 
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]``, by the quicker of PyTorch's two ways."""
-    return table.index_select(0, index.flatten()).view(index.shape)
+def _staircase(values: Tensor, start: float, steps: Iterable[tuple[float | Tensor, float]]) -> Tensor:
+    """``start``, and on top of it the rise of every (edge, rise) whose edge a value has reached.
+
+    The same by searching, looking up or masking takes a CPU several times as long: these two it does with many values
+    at once.
+    """
+    height = torch.full_like(values, start)
+    reached = torch.empty_like(values)
+    for edge, rise in steps:
+        height.add_(torch.ge(values, edge, out=reached), alpha=rise)
+    return height
 
 
 class Grid:
@@ -136,39 +147,47 @@ class Grid:
     def __init__(self, levels: LevelSet, scale: Tensor) -> None:
         self.level_set = levels
         self.scale = scale
-        codes = torch.tensor(levels.codes, dtype=scale.dtype, device=scale.device)
-        self._codes = codes
-        self._levels = codes / levels.denominator
-        self._midpoints = (self._levels[:-1] + self._levels[1:]) / 2
-        gaps = self._levels.diff()
-        endless = torch.full_like(gaps[:1], float("inf"))  # beyond the outer levels there is no gap, hence no window
-        self._gap_below = torch.cat([endless, gaps])
-        self._gap_above = torch.cat([gaps, endless])
+        scaled = torch.tensor(levels.codes, dtype=scale.dtype) / levels.denominator
+        self._midpoints = ((scaled[:-1] + scaled[1:]) / 2).unbind()
+        # In codes: how wide the gaps are, and where that changes. Beyond the outer levels it counts as 0.
+        self._gaps = [above - below for below, above in pairwise(levels.codes)]
+        changes = [after - before for before, after in pairwise([0, *self._gaps, 0])]
+        self._gap_changes = [(code, change) for code, change in zip(levels.codes, changes, strict=True) if change]
 
     def index(self, weight: Tensor) -> Tensor:
         """Number of the nearest level, int32 in the weight's shape. On a midpoint the upper level is taken."""
         ratio = weight / self.scale
         if len(self._midpoints) > FEW:
+            midpoints = torch.stack(self._midpoints).to(ratio)
             # contiguous: else torch warns where the network is in channels_last
-            return torch.bucketize(ratio.contiguous(), self._midpoints, right=True, out_int32=True)
-        # The same by counting the midpoints passed, which is quicker than a search for so few.
-        passed = torch.zeros_like(ratio, dtype=torch.int8)
-        for midpoint in self._midpoints.tolist():
-            passed += (ratio >= midpoint).view(torch.int8)
-        return passed.int()
+            return torch.bucketize(ratio.contiguous(), midpoints, right=True, out_int32=True)
+        return _staircase(ratio, 0, ((midpoint, 1) for midpoint in self._midpoints)).int()
+
+    def _code(self, weight: Tensor) -> Tensor:
+        """Code of the nearest level, as a real number."""
+        if len(self._midpoints) > FEW:
+            index = self.index(weight)
+            codes = torch.tensor(self.level_set.codes, dtype=self.scale.dtype, device=weight.device)
+            return codes.index_select(0, index.flatten()).view(index.shape)
+        rises = zip(self._midpoints, self._gaps, strict=True)
+        return _staircase(weight / self.scale, self.level_set.codes[0], rises)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Integer code of the nearest level, int32 in the weight's shape."""
-        table = torch.tensor(self.level_set.codes, dtype=torch.int32, device=weight.device)
-        return _look_up(table, self.index(weight))
+        return self._code(weight).int()
 
     def level(self, weight: Tensor) -> Tensor:
-        """Nearest level before scaling, q in the weight's shape: the constrained weight's derivative by its scale."""
-        return _look_up(self._levels, self.index(weight))
+        """Nearest level before scaling, q in the weight's shape."""
+        return self._code(weight).div_(self.level_set.denominator)
 
+    @fused
     def nearest(self, weight: Tensor) -> Tensor:
         """Nearest allowed weight, code × (a / denominator)."""
-        return _look_up(self._codes, self.index(weight)) * (self.scale / self.level_set.denominator)
+        return self._code(weight).mul_(self._unit())
+
+    def _unit(self) -> Tensor:
+        """What a code counts."""
+        return self.scale / self.level_set.denominator
 
     def distance(self, weight: Tensor) -> Tensor:
         """Y(w) = 2 |w − nearest(w)|, the penalty without a window. Its mean over all constrained weights is the CFS."""
@@ -176,34 +195,41 @@ class Grid:
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest allowed weight, each in the scale's shape."""
-        unit = self.scale / self.level_set.denominator
-        return self._codes[0] * unit, self._codes[-1] * unit
+        unit = self._unit()
+        return self.level_set.codes[0] * unit, self.level_set.codes[-1] * unit
 
     def gap(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The two neighbouring levels that a weight lies between, as the lower one and the distance to the other; for
         a weight beyond the outer levels, the two that are nearest to it.
         """
-        index = self.index(weight)
-        unit = self.scale / self.level_set.denominator
-        index -= (weight < _look_up(self._codes, index) * unit).int()
-        index.clamp_(0, len(self._codes) - 2)
-        return _look_up(self._codes, index) * unit, _look_up(self._gap_above, index) * self.scale
+        codes, unit = self.level_set.codes, self._unit()
+        inner = codes[1:-1]
+        lower = _staircase(weight, codes[0], ((c * unit, gap) for c, gap in zip(inner, self._gaps, strict=False)))
+        changes = ((c * unit, change) for c, change in self._gap_changes if c in inner)
+        return lower.mul_(unit), _staircase(weight, self._gaps[0], changes).mul_(unit)
 
-    def penalty(self, weight: Tensor, window: float) -> Tensor:
-        """cs(w): Y(w), but 0 while w is in the unconstrained window."""
-        return self.penalty_and_slope(weight, window)[0]
+    def penalty(self, weight: Tensor, window: float, nearest: Tensor | None = None) -> Tensor:
+        """cs(w): Y(w), but 0 while w is in the unconstrained window. The arguments are those of ``slope``."""
+        residual, bound = self._residual(weight, window, nearest)
+        return residual.abs_().mul_(bound).mul_(2)
 
-    def slope(self, weight: Tensor, window: float) -> Tensor:
-        """d cs / dw: ±2 away from the nearest level; 0 in the unconstrained window and on a level."""
-        return self.penalty_and_slope(weight, window)[1]
+    def slope(self, weight: Tensor, window: float, nearest: Tensor | None = None) -> Tensor:
+        """d cs / dw: ±2 away from the nearest level; 0 in the unconstrained window and on a level.
 
-    def penalty_and_slope(self, weight: Tensor, window: float) -> tuple[Tensor, Tensor]:
-        """Both at once: cs(w) and its slope for the window ``g`` (at least 1; infinity closes it)."""
-        index = self.index(weight)
-        residual = weight - _look_up(self._codes, index) * (self.scale / self.level_set.denominator)
-        gap = torch.where(residual > 0, _look_up(self._gap_above, index), _look_up(self._gap_below, index))
-        half_gap = gap * (self.scale / 2)
+        Args:
+            weight: any shape that the scale fits.
+            window: ``g``, at least 1; infinity closes it.
+            nearest: the nearest allowed weight, where it is at hand; it is computed otherwise.
+        """
+        residual, bound = self._residual(weight, window, nearest)
+        return residual.sign_().mul_(bound).mul_(2)
+
+    def _residual(self, weight: Tensor, window: float, nearest: Tensor | None) -> tuple[Tensor, Tensor]:
+        """w − nearest, and 1 where the constraint binds, 0 where w is in the unconstrained window."""
+        unit = self._unit()
+        residual = weight - (self.nearest(weight) if nearest is None else nearest)
+        edges = ((code * unit, change) for code, change in self._gap_changes)
+        half_gap = _staircase(weight, 0, edges).mul_(unit / 2)
         # free where |w − m_i| < gap/(2g); and |w − m_i| = |gap/2 − |w − nearest||
-        free = (half_gap - residual.abs()).abs_() < half_gap / window
-        pull = residual.sign().mul_(2).masked_fill_(free, 0)
-        return residual.mul_(pull), pull
+        to_middle = residual.abs().sub_(half_gap).abs_()
+        return residual, to_middle.ge_(half_gap.div_(window))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -16,9 +15,12 @@ from cbpq.checkpoints import check_fit, content_sha256, load_strictly, read_weig
 from cbpq.errors import SourceError, UsageError
 from cbpq.identification import Fit, fit, identify, image_size
 from cbpq.inputs import InputSpec, override_fields
+from cbpq.lazy import Lazy
 from cbpq.published import timm_input, torchvision_entry, torchvision_input
 from cbpq.sources import LoadedModel, SourceInfo, logits
 from cbpq.tracing import one_line, untouched
+
+timm = Lazy("timm")
 
 _WITH_HEADS = ("googlenet", "inception_v3")  # torchvision's networks with auxiliary heads and their own input scaling
 Overrides = Mapping[str, Any]

@@ -169,8 +169,13 @@ def _as_file(source: str) -> Path | None:
     """
     if source.startswith(("timm:", "torchvision:", "hf-hub:", "hf_hub:")) or not source:
         return None
-    path = Path(source)
-    if source in known_names("torchvision") or (is_timm(source) and not path.is_file()):
+    path, is_file = Path(source), False
+    with contextlib.suppress(OSError, ValueError):
+        is_file = path.is_file()
+    # the libraries are slow to import: they are asked only about what could be a name of theirs
+    if re.fullmatch(r"\w+", source) and source in known_names("torchvision"):
+        return None
+    if not is_file and re.fullmatch(r"[\w.-]+", source) and is_timm(source):
         return None
     with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a null character
         if path.exists():

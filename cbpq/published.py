@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
-import timm.data.config
-import torchvision
 from torch import nn
 
 from cbpq.architectures import Architecture, known_names
 from cbpq.checkpoints import file_sha256
 from cbpq.errors import SourceError, UsageError
 from cbpq.inputs import InputSpec
+from cbpq.lazy import Lazy
+
+timm, torchvision = Lazy("timm"), Lazy("torchvision")
 
 _HASH = re.compile(r"-([0-9a-f]{8,64})(?![0-9a-z])")  # torchvision's files end in the start of their SHA-256
 _TIMM_INPUT = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -88,7 +88,7 @@ def timm_input(model: nn.Module, args: Mapping[str, Any]) -> InputSpec:
         SourceError: values that make no sense.
     """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    resolve: Any = timm.data.config.resolve_data_config  # timm's functions are partly typed
+    resolve: Any = timm.data.resolve_data_config  # timm's functions are partly typed
     chosen = {key: args[key] for key in _TIMM_INPUT if args.get(key) is not None}
     try:
         data = resolve(chosen, pretrained_cfg=config)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import timm
 import torch
-import torchvision
 from torch import Tensor
 
 import cbpq
@@ -20,10 +18,13 @@ from cbpq.devices import describe_device
 from cbpq.evaluation import Predictions, compare, summarize
 from cbpq.fileformat import ConstrainedTensor, read
 from cbpq.inspection import sizes_of
+from cbpq.lazy import Lazy
 from cbpq.levels import total
 from cbpq.planning import FREE_SETTINGS, Plan
 from cbpq.report import LayerRow, Report, SkippedRow, Stage
 from cbpq.training import Run
+
+timm, torchvision = Lazy("timm"), Lazy("torchvision")
 
 HALVED = "half precision"
 

@@ -19,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, functional
 
 from cbpq.errors import UsageError, did_you_mean
 from cbpq.inputs import InputSpec
+from cbpq.lazy import Lazy
 from cbpq.pictures import with_channels
+
+timm, tv = Lazy("timm"), Lazy("torchvision.transforms")
 
 SMALL = 64  # pixels; up to here inputs are treated as CIFAR's are
 SCALE = (0.35, 1.0)  # share of the area a random-resized crop takes
@@ -132,11 +134,8 @@ class EvalTransform:
     """Picture to uint8 (C, height, width), as the library that trained the network does it."""
 
     def __init__(self, spec: InputSpec) -> None:
-        # a slow import, which arrays of the network's own size do not need
-        from timm.data.transforms_factory import create_transform
-
         self._size = (spec.width, spec.height) if is_small(spec) else None
-        self._transform: Callable[[Image.Image], Tensor] = create_transform(
+        self._transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
             input_size=(spec.channels, spec.height, spec.width),
             interpolation=spec.interpolation,
             mean=spec.mean,
@@ -168,17 +167,17 @@ class RandomResizedCrop:
 
     def __init__(self, spec: InputSpec) -> None:
         self._size = [spec.height, spec.width]
-        self._interpolation = InterpolationMode(spec.interpolation)
+        self._interpolation = tv.InterpolationMode(spec.interpolation)
 
     def __call__(self, picture: Image.Image, generator: np.random.Generator) -> Tensor:
         """Cut ``random_box`` out and resize it."""
         box = random_box(picture.width, picture.height, generator)
-        return to_tensor(functional.resized_crop(picture, *box, self._size, self._interpolation))
+        return to_tensor(tv.functional.resized_crop(picture, *box, self._size, self._interpolation))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
     """A picture as uint8 (C, H, W)."""
-    tensor: Tensor = functional.pil_to_tensor(picture)
+    tensor: Tensor = tv.functional.pil_to_tensor(picture)
     return tensor
 
 

@@ -22,8 +22,8 @@ PACKAGE = ROOT / "cbpq"
 # Each row may import from itself and from the rows above it.
 ROWS = (
     ("", "errors"),
-    ("inputs", "packing", "atomic", "container", "locking", "outputs", "pictures", "transforms"),
-    ("levels", "scales", "rounding", "content", "fileformat"),
+    ("lazy", "inputs", "packing", "atomic", "container", "locking", "outputs", "pictures", "transforms"),
+    ("fused", "levels", "scales", "rounding", "content", "fileformat"),
     ("methods", "presets", "configuration"),
     (
         "tracing",
@@ -161,6 +161,21 @@ def test_light_modules_do_not_import_torch() -> None:
         "import sys, cbpq, cbpq.errors, cbpq.packing, cbpq.fileformat, cbpq.inspection, cbpq.report\n"
         "dir(cbpq), cbpq.__version__, cbpq.inspect\n"
         "raise SystemExit('torch' in sys.modules)"
+    )
+
+
+def test_a_network_of_ones_own_needs_no_library_of_networks() -> None:
+    """They take as long to import as torch itself."""
+    run_python(
+        "import sys\n"
+        "import cbpq.api, cbpq.pipeline, cbpq.errors, cbpq.models\n"
+        "spec = cbpq.models.InputSpec(3, 8, 8)\n"
+        "cbpq.models.build_model(cbpq.models.SourceInfo('callable', 'torch.nn:Identity', {}, spec, None))\n"
+        "try:\n"
+        "    cbpq.models.load_model('no/such/file.pth')\n"
+        "except cbpq.errors.UsageError as error:\n"
+        "    assert 'no such file' in str(error)\n"
+        "raise SystemExit(not {'torchvision', 'timm'}.isdisjoint(sys.modules))"
     )
 
 

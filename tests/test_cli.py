@@ -17,7 +17,6 @@ from torch import nn
 
 import cbpq
 from cbpq.cli import common, doctor, explain, main
-from cbpq.cli import inspect as inspect_command
 from cbpq.devices import resolve_device
 from cbpq.errors import DataError, GateError, MissingPartError, UsageError
 from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
@@ -513,7 +512,7 @@ def test_a_bug_is_one_line_unless_debugging(run: Callable[..., RUN], monkeypatch
     def broken(path: Path) -> None:
         raise ValueError("two\nlines \x1b[31m")
 
-    monkeypatch.setattr(inspect_command, "inspect_file", broken)
+    monkeypatch.setattr("cbpq.inspection.inspect_file", broken)
     line = failure(run("inspect", "model.safetensors"), 1, "bug in cbpq: ValueError: two lines")
     assert "\x1b" not in line
     monkeypatch.setenv("CBPQ_DEBUG", "1")
@@ -526,7 +525,7 @@ def test_an_interruption_exits_130(run: Callable[..., RUN], monkeypatch: pytest.
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect_command, "inspect_file", interrupted)
+    monkeypatch.setattr("cbpq.inspection.inspect_file", interrupted)
     code, out, err = run("inspect", "model.safetensors")
     assert (code, out, err.strip()) == (130, "", "interrupted")
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import cbpq
+from cbpq import weights
 from cbpq.constrained import Constrained
 from cbpq.errors import CbpqError, UsageError
 from cbpq.fileformat import read
 from cbpq.levels import CONSTRAINTS, Grid, level_set
 from cbpq.methods import METHODS
 from cbpq.scales import SMALLEST_SCALE
-from cbpq.weights import scale_gradient
+from cbpq.weights import scale_gradient, scale_sums
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
 
@@ -221,7 +222,8 @@ def test_autocast() -> None:
             losses.append(loss.item())
         constrained.end_epoch()
     assert losses[-1] < 0.8 * losses[0]
-    assert all(tensor.dtype == torch.float32 for tensor in everything(constrained).values())
+    kept = {name: tensor.dtype for name, tensor in everything(constrained).items()}
+    assert {kind for name, kind in kept.items() if not name.endswith(("/moment1", "/root2"))} == {torch.float32}
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -403,10 +405,16 @@ def test_gradient_of_learned_scales(constraint: str, granularity: str) -> None:
 def test_scale_gradient_by_hand() -> None:
     gradient = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     level = torch.tensor([[1.0, -0.5], [0.0, 0.5]])
-    assert scale_gradient(gradient, level, torch.tensor(1.0)).item() == pytest.approx((1 - 1 + 2) / 1.5)
-    per_channel = scale_gradient(gradient, level, torch.ones(2, 1))
-    assert per_channel.tolist() == [[0.0], [2.0]]  # Σq² = 0.25 counts as 1
-    assert scale_gradient(gradient, torch.zeros(2, 2), torch.ones(2, 1)).tolist() == [[0.0], [0.0]]
+    for pieces in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+
+        def found(scale: Tensor, level: Tensor = level, pieces: list[slice] = pieces) -> list[Any]:
+            sums = [scale_sums(gradient[rows], level[rows], scale) for rows in pieces]
+            answer: list[Any] = scale_gradient(sums, scale).tolist()
+            return answer
+
+        assert found(torch.tensor(1.0)) == pytest.approx((1 - 1 + 2) / 1.5)
+        assert found(torch.ones(2, 1)) == [[0.0], [2.0]]  # Σq² = 0.25 counts as 1
+        assert found(torch.ones(2, 1), torch.zeros(2, 2)) == [[0.0], [0.0]]
 
 
 def test_scales_move_and_stay_positive() -> None:
@@ -738,6 +746,132 @@ def test_finish_lets_go_of_the_optimizer() -> None:
     torch.testing.assert_close(model.conv.weight.detach(), weight - 0.1 * model.conv.weight.grad, rtol=1e-6, atol=1e-9)
     assert torch.equal(constrained.latent("conv.weight"), latent)
     optimizer.step(lambda: 0.0)  # closures are fine again
+
+
+class Fresh(torch.optim.SGD):
+    """An optimizer that gives its parameters new tensors instead of changing those they have."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data = parameter.data - group["lr"] * parameter.grad
+
+
+def test_optimizers_may_make_new_tensors() -> None:
+    ends = []
+    for kind in (torch.optim.SGD, Fresh):
+        model = net()
+        optimizer = kind(model.parameters(), lr=0.1)
+        constrained = cbpq.constrain(model, optimizer, "ternary", learn_scales=False)
+        for _ in range(4):
+            step(model, optimizer)
+            assert holds(constrained)
+        ends.append(everything(constrained))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor)
+
+
+class Broken(torch.optim.SGD):
+    """An optimizer whose steps can be broken off in the middle."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        if self.broken:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("go_on", [True, False])
+def test_a_step_that_is_broken_off(go_on: bool) -> None:
+    """As by Ctrl-C: latent weights are in the network then, and must not be taken for constrained ones."""
+    model = net()
+    optimizer = Broken(model.parameters(), lr=0.1)
+    constrained = cbpq.constrain(model, optimizer, "ternary", learn_scales=False)
+    step(model, optimizer)
+    latent = constrained.latent("conv.weight")
+    before = latent.clone()
+    optimizer.broken = True
+    with pytest.raises(KeyboardInterrupt):
+        step(model, optimizer)
+    moved = latent.clone()
+    assert not torch.equal(moved, before)
+    optimizer.broken = False
+    if go_on:
+        step(model, optimizer)
+        assert holds(constrained)
+        moved = latent.clone()
+    constrained.finish()
+    assert holds(constrained)
+    assert torch.equal(latent, moved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_make_a_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for piece in (weights.PIECE, 100, 1):  # of 576 and 128 weights
+        monkeypatch.setattr(weights, "PIECE", piece)
+        model = net()
+        optimizer = sgd(model)
+        constrained = cbpq.constrain(model, optimizer, "binary", method, epochs=2)
+        pieces = [len(weight.pieces) for weight in constrained._weights.values()]
+        assert pieces == {100: [8, 2], 1: [8, 16]}.get(piece, [1, 1])
+        for _ in range(2):
+            for _ in range(3):
+                step(model, optimizer)
+            constrained.end_epoch()
+        ends.append(everything(constrained))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+def test_one_scale_for_all_pieces_learns_as_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for piece in (weights.PIECE, 100):
+        monkeypatch.setattr(weights, "PIECE", piece)
+        model = net().double()
+        optimizer = sgd(model)
+        constrained = cbpq.constrain(model, optimizer, "ternary", scale_granularity="layer")
+        for _ in range(3):
+            step(model, optimizer)
+        ends.append(everything(constrained))
+    for name, tensor in ends[0].items():  # but for the order of summation
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_layout_changed_after_constraining() -> None:
+    ends = []
+    for change in (False, True):
+        model = net()
+        optimizer = sgd(model)
+        constrained = cbpq.constrain(model, optimizer, "two-bit-shift")
+        if change:
+            model.to(memory_format=torch.channels_last)
+            assert constrained.latent("conv.weight").stride() != model.conv.weight.stride()
+        constrained.project()
+        assert holds(constrained)
+        for _ in range(3):
+            step(model, optimizer)
+            assert holds(constrained)
+        ends.append(everything(constrained))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_stay_where_they_are_in_memory() -> None:
+    """Both of them: a step points from one to the other and back."""
+    model = net()
+    optimizer = sgd(model)
+    constrained = cbpq.constrain(model, optimizer, "ternary")
+    network, latent = model.conv.weight.data_ptr(), constrained.latent("conv.weight").data_ptr()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(model.conv.weight.data_ptr()))
+    for _ in range(3):
+        step(model, optimizer)
+        assert model.conv.weight.data_ptr() == network
+        assert constrained.latent("conv.weight").data_ptr() == latent
+    assert seen == [latent] * 3
 
 
 def test_two_networks_do_not_touch_each_other() -> None:

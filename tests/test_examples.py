@@ -70,6 +70,8 @@ def test_flags_named_in_documents_exist() -> None:
     )
     helps += script("deploy.table").command_line().format_help()
     known = set(re.findall(r"--[a-z][a-z0-9-]+", helps)) | {"--install-completion", "--strict", "--version"}
+    for path in EXAMPLES.rglob("*.py"):
+        known |= set(re.findall(r"add_argument\(\s*\"(--[a-z0-9-]+)\"", path.read_text()))
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text()))
         assert named <= known, f"{document}: {named - known}"

@@ -120,7 +120,8 @@ def test_penalty_and_slope(constraint: str, window: int) -> None:
     clear = torch.stack([(weights - edge).abs() > 1e-6 for edge in edges]).all(0)
     assert clear.sum() > 950
 
-    penalty, slope = Grid(levels, torch.tensor(0.7)).penalty_and_slope(weights, window)
+    grid = Grid(levels, torch.tensor(0.7))
+    penalty, slope = grid.penalty(weights, window), grid.slope(weights, window)
     prefix = f"pointwise/{constraint}/g{window}"
     torch.testing.assert_close(penalty[clear], GOLDEN[f"{prefix}/penalty"][clear], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(slope[clear], GOLDEN[f"{prefix}/slope"][clear], rtol=1e-5, atol=0)

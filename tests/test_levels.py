@@ -90,9 +90,9 @@ def test_agrees_with_scalar_reference(name: str, scale: float, window: float, un
     level_values = level_set(name).levels
     index, codes, level = grid.index(weights), grid.codes(weights), grid.level(weights)
     snapped, distance = grid.nearest(weights), grid.distance(weights)
-    penalty, slope = grid.penalty_and_slope(weights, window)
-    assert torch.equal(penalty, grid.penalty(weights, window))
-    assert torch.equal(slope, grid.slope(weights, window))
+    penalty, slope = grid.penalty(weights, window), grid.slope(weights, window)
+    assert torch.equal(penalty, grid.penalty(weights, window, snapped))
+    assert torch.equal(slope, grid.slope(weights, window, snapped))
     for k, weight in enumerate(weights.tolist()):
         tolerance = slack + 1e-6 * abs(weight)
         y, cs, pull = reference(weight, q, window)
@@ -146,7 +146,8 @@ def test_codes_decode_to_the_very_bits(name: str, scale: float, units: list[floa
         assert torch.equal(grid.codes(snapped), codes)
         assert not grid.distance(snapped).any()
         for window in WINDOWS:
-            assert not torch.stack(grid.penalty_and_slope(snapped, window)).any()
+            assert not grid.penalty(snapped, window).any()
+            assert not grid.slope(snapped, window).any()
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,41 @@ def test_ties_go_up(name: str, scale: float) -> None:
     # -1e-30, for what is nearer to 0 may vanish when it is divided by the scale
     below = torch.where(midpoints == 0, -1e-30, torch.nextafter(midpoints, torch.tensor(-math.inf)))
     assert grid.nearest(below).tolist() == q[:-1]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 0.25, 0.7, 3e7, 1e30])
+@pytest.mark.parametrize("name", ["binary", "ternary", "one-bit-shift", "two-bit-shift", "shift:3", "shift:10"])
+def test_bits_are_those_of_search_and_look_up(name: str, scale: float, per_channel: bool) -> None:
+    """Everything in NumPy's float32: found by search, taken from tables. On edges and beside them too."""
+    levels, generator = level_set(name), np.random.default_rng(0)
+    a = np.float32(scale) * (generator.random((6, 1), np.float32) + np.float32(0.5) if per_channel else np.float32(1))
+    unit, q = a / np.float32(levels.denominator), np.array(levels.codes, np.float32)
+    edges = np.broadcast_to(unit, (6, 1)) * np.concatenate([q, (q[:-1] + q[1:]) / 2])
+    outer = np.float32(scale * 1.5) * generator.standard_normal((6, 500), np.float32)
+    tiny = np.broadcast_to(np.array([0.0, -0.0, 1e-38, -1e-38, 1e30, -1e30], np.float32), (6, 6))
+    beside = [np.nextafter(edges, np.float32(np.copysign(np.inf, side))) for side in (-1, 1)]
+    weight = np.concatenate([edges, *beside, outer, tiny], axis=1)
+
+    with np.errstate(over="ignore"):
+        ratio = weight / a
+    index = np.searchsorted((q[:-1] + q[1:]) / 2 / levels.denominator, ratio, side="right")
+    nearest = q[index] * unit
+    gaps = np.array([np.inf, *np.diff(q), np.inf], np.float32)
+    residual = weight - nearest
+    half_gap = np.where(residual > 0, gaps[index + 1], gaps[index]) / np.float32(levels.denominator) * (a / 2)
+    grid = Grid(levels, torch.from_numpy(np.asarray(a)))
+    ours = torch.from_numpy(weight)
+    assert np.array_equal(grid.nearest(ours).numpy(), nearest)
+    assert np.array_equal(grid.codes(ours).numpy(), q[index])
+    assert np.array_equal(grid.index(ours).numpy(), index)
+    for window in (1.0, 1.5, 5.0, 20.0, math.inf):
+        with np.errstate(invalid="ignore"):  # infinity / infinity
+            free = np.abs(half_gap - np.abs(residual)) < half_gap / np.float32(window)
+        slope = np.where(free, 0, 2 * np.sign(residual))
+        for nearest in (None, grid.nearest(ours)):
+            assert np.array_equal(grid.slope(ours, window, nearest).numpy(), slope)
+            assert np.array_equal(grid.penalty(ours, window, nearest).numpy(), residual * slope)
 
 
 def test_negative_zero_is_a_tie_too() -> None:
@@ -180,7 +216,7 @@ def test_midpoints_of_any_scale_land_on_a_level(name: str) -> None:
         snapped = grid.nearest(midpoints)
         assert (snapped.unsqueeze(-1) == allowed.unsqueeze(1)).any(-1).all()
         # a shut window leaves no weight free, wherever rounding puts the midpoint
-        penalty, slope = grid.penalty_and_slope(midpoints, math.inf)
+        penalty, slope = grid.penalty(midpoints, math.inf), grid.slope(midpoints, math.inf)
         assert (penalty > 0).all()
         assert torch.equal(slope.abs(), torch.full_like(slope, 2))
         midpoints = torch.nextafter(midpoints, torch.tensor(-math.inf))
@@ -202,7 +238,7 @@ def test_extreme_weights(name: str, scale: float) -> None:
     assert grid.nearest(weights).isfinite().all()
     assert grid.distance(weights).isfinite().all()
     for window in WINDOWS:
-        penalty, slope = grid.penalty_and_slope(weights, window)
+        penalty, slope = grid.penalty(weights, window), grid.slope(weights, window)
         assert penalty.isfinite().all()
         assert (penalty >= 0).all()
         assert set(slope.abs().tolist()) <= {0.0, 2.0}
@@ -258,10 +294,8 @@ def test_scale_per_channel_is_a_scale_for_each_channel() -> None:
         alone = Grid(levels, scale[c])
         assert torch.equal(whole.nearest(weight)[c], alone.nearest(weight[c]))
         assert torch.equal(whole.level(weight)[c], alone.level(weight[c]))
-        for ours, theirs in zip(
-            whole.penalty_and_slope(weight, 3.0), alone.penalty_and_slope(weight[c], 3.0), strict=True
-        ):
-            assert torch.equal(ours[c], theirs)
+        assert torch.equal(whole.penalty(weight, 3.0)[c], alone.penalty(weight[c], 3.0))
+        assert torch.equal(whole.slope(weight, 3.0)[c], alone.slope(weight[c], 3.0))
 
 
 def test_grid_follows_its_scale() -> None:
@@ -278,7 +312,7 @@ def test_nothing_changes_the_weight_it_is_asked_about() -> None:
     weight = torch.randn(50)
     before = weight.clone()
     grid.index(weight), grid.codes(weight), grid.level(weight), grid.nearest(weight), grid.distance(weight)
-    grid.penalty_and_slope(weight, 2.0)
+    grid.penalty(weight, 2.0), grid.slope(weight, 2.0)
     assert torch.equal(weight, before)
 
 

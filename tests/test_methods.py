@@ -487,6 +487,48 @@ def test_progress_in_large_strides_owes_nothing() -> None:
     assert method.scalars["due"] == 50
 
 
+@pytest.mark.parametrize("scale", [1e-8, 0.05, 1e8])
+def test_moments_in_half_the_memory(scale: float) -> None:
+    """λ in float32 with its moments in float16, against all in float64: a long schedule, violations of all sizes."""
+    levels, generator = CONSTRAINTS["two-bit-shift"], torch.Generator().manual_seed(0)
+    start = scale * torch.randn(2000, generator=generator, dtype=torch.float64)
+    found = []
+    for kind in (torch.float64, torch.float32):
+        latent = start.to(kind, copy=True)
+        slot = Slot(latent, Grid(levels, torch.tensor(scale, dtype=kind)), cbp().start(latent))
+        method = cbp(patience=1, multiplier_lr=1e-3)
+        method.begin([slot])
+        for _ in range(60):
+            method.end_epoch([slot], 1.0)
+            slot.latent.mul_(0.98)
+        assert {name: tensor.dtype for name, tensor in slot.state.items()} == {
+            "multiplier": kind,
+            **dict.fromkeys(("moment1", "root2"), torch.float16 if kind == torch.float32 else kind),
+        }
+        found.append(slot.state["multiplier"].double())
+    theirs, ours = found
+    assert ((ours - theirs).abs() <= 0.02 * theirs + 1e-4).double().mean() > 0.99
+    assert ours.max() < 1.2 * theirs.max()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-7, 1.0, 1e4, 1e9])
+def test_moments_have_a_range(scale: float, size: float) -> None:
+    """Violations that float16 has no number for: λ's steps stay finite and of Adam's size, also when they vanish."""
+    latent = torch.tensor([1.0, 1 + 1e-7, 1e3]) * size
+    slot = Slot(latent, Grid(CONSTRAINTS["binary"], torch.tensor(scale)), cbp().start(latent))
+    method = cbp(multiplier_lr=1.0, patience=1)
+    for count in range(12):
+        if count == 6:
+            slot.latent.fill_(scale)
+        before = slot.state["multiplier"].clone()
+        method.end_epoch([slot], 1.0)
+        taken = slot.state["multiplier"] - before
+        assert taken.isfinite().all()
+        assert (taken >= 0).all()
+        assert (taken < 8).all()  # Adam's bound is (1 − β₁)/√(1 − β₂) = 3.2 before its corrections for the start
+
+
 def test_states_are_copies_of_nothing() -> None:
     """Two weights must not share tensors, and a copied slot lives on its own."""
     method = cbp()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,9 +11,11 @@ from rich.text import Text
 
 from cbpq import sections
 from cbpq.cli import common
-from cbpq.inspection import Inspection, LayerInspection, inspect_file
 from cbpq.report import pairs_section, size_section
 from cbpq.sections import Section
+
+if TYPE_CHECKING:
+    from cbpq.inspection import Inspection, LayerInspection
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_WIDTH = 24
@@ -32,6 +34,8 @@ def command(
       cbpq inspect out/model.safetensors
       cbpq inspect out/model.safetensors --json
     """
+    from cbpq.inspection import inspect_file  # which imports NumPy
+
     inspection = inspect_file(file)
     if json:
         common.print_json(inspection.to_dict())
@@ -39,7 +43,7 @@ def command(
         _render(common.stdout(), inspection)
 
 
-def _render(console: Console, inspection: Inspection) -> None:
+def _render(console: Console, inspection: "Inspection") -> None:
     source = inspection.source.get("architecture", "network")
     constraints = ", ".join(dict.fromkeys(layer.constraint for layer in inspection.layers)) or "no constrained weight"
     console.print(Text(sections.printable(f"{inspection.path}: {source}, {constraints}"), style="bold"), soft_wrap=True)
@@ -54,14 +58,14 @@ def _render(console: Console, inspection: Inspection) -> None:
             sections.render(console, section)
 
 
-def _by_level_table(layers: Sequence[LayerInspection]) -> list[list[LayerInspection]]:
+def _by_level_table(layers: "Sequence[LayerInspection]") -> "list[list[LayerInspection]]":
     tables: dict[object, list[LayerInspection]] = {}
     for layer in layers:
         tables.setdefault((layer.constraint, layer.codes, layer.denominator), []).append(layer)
     return list(tables.values())
 
 
-def _codes_section(layers: Sequence[LayerInspection]) -> Section:
+def _codes_section(layers: "Sequence[LayerInspection]") -> Section:
     """The histogram of the codes over all layers with one level table."""
     counts = [sum(column) for column in zip(*(layer.counts for layer in layers), strict=True)]
     total, most = sum(counts), max(counts)
@@ -84,7 +88,7 @@ def _codes_section(layers: Sequence[LayerInspection]) -> Section:
     )
 
 
-def _layers_section(layers: Sequence[LayerInspection], wide: bool) -> Section:
+def _layers_section(layers: "Sequence[LayerInspection]", wide: bool) -> Section:
     suffix = ".weight" if all(layer.name.endswith(".weight") for layer in layers) else ""
     numeric = ("bits", "entropy", "zeros", "scale")
     columns = ("layer", "shape", *numeric, "codes", *(["codes in %"] if wide else []))
@@ -112,7 +116,7 @@ def _layers_section(layers: Sequence[LayerInspection], wide: bool) -> Section:
     return Section(title, columns, rows, frozenset(numeric), frozenset(("layer",)), notes)
 
 
-def _scales(layer: LayerInspection) -> str:
+def _scales(layer: "LayerInspection") -> str:
     if layer.scale_min == layer.scale_max:
         return sections.significant(layer.scale_min)
     return f"{sections.significant(layer.scale_min)}–{sections.significant(layer.scale_max)}"

@@ -55,6 +55,7 @@ class AdaSTE(Method):
     """
 
     name: ClassVar[str] = "adaste"
+    computes_with_levels: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("adaste_margin", "adaste_coupling", "adaste_full", "adaste_flip_bound")
 
     def __init__(

@@ -52,6 +52,7 @@ class AskewSGD(Method):
     """
 
     name: ClassVar[str] = "askewsgd"
+    computes_with_levels: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("askewsgd_rate", "askewsgd_free", "askewsgd_end")
 
     def __init__(self, *, askewsgd_rate: float, askewsgd_free: float, askewsgd_end: float) -> None:

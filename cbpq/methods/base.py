@@ -18,11 +18,19 @@ State = dict[str, Tensor]
 
 
 class Slot(NamedTuple):
-    """One constrained weight as a method sees it: latent weight, grid, and the method's tensors for it."""
+    """One constrained weight, or a piece of it, as a method sees it.
+
+    Attributes:
+        latent: the latent weight.
+        grid: levels and scale.
+        state: the method's tensors, each of the latent weight's shape.
+        nearest: the nearest allowed weight where it is at hand, which saves finding it.
+    """
 
     latent: Tensor
     grid: Grid
     state: State
+    nearest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,17 @@ class Update:
 
 
 class Method(ABC):
-    """How weights are led to their levels. Subclasses are listed in ``cbpq.methods.METHODS``."""
+    """How weights are led to their levels. Subclasses are listed in ``cbpq.methods.METHODS``.
+
+    What a method does to a weight must depend on that weight alone, since tensors come to it in pieces.
+    """
 
     name: ClassVar[str]
     settings: ClassVar[tuple[str, ...]]
     """Names of the settings (see ``cbpq.presets``) that the constructor takes as keywords."""
+
+    computes_with_levels: ClassVar[bool] = True
+    """Whether ``constrained_weight`` is the nearest level: False for a method that has one of its own."""
 
     scalars: dict[str, Any]
     """Everything the method remembers that is no tensor; plain numbers, so that it can be saved."""
@@ -62,7 +76,7 @@ class Method(ABC):
 
     @abstractmethod
     def start(self, latent: Tensor) -> State:
-        """Tensors to keep for one weight."""
+        """Tensors to keep for one weight, in its shape."""
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """What the network computes with while it trains, in the latent weight's shape: the nearest level, or

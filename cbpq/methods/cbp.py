@@ -29,7 +29,7 @@ the budget, and λ takes ``multiplier_updates`` ascent steps at equal distances.
 stall, which in a short run it never does.
 
 Departures from the published code: on a midpoint the upper level is taken (there sign(0) = 0 gives a value that is no
-level).
+level); from one update to the next, λ's Adam moments (of the second, the root) rest in float16, in units of the scale.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from cbpq.errors import UsageError
-from cbpq.levels import total
+from cbpq.fused import fused
+from cbpq.levels import Grid, total
 from cbpq.methods.base import Method, Slot, State, Update
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants, as published
@@ -104,8 +105,10 @@ class CBP(Method):
         }
 
     def start(self, latent: Tensor) -> State:
-        """λ and its two Adam moments, all zero."""
-        return {name: torch.zeros_like(latent) for name in ("multiplier", "moment1", "moment2")}
+        """λ and its two Adam moments, all zero. The moments rest in half the memory from one update to the next."""
+        half = torch.float16 if latent.dtype == torch.float32 else latent.dtype
+        moments = {name: torch.zeros_like(latent, dtype=half) for name in ("moment1", "root2")}
+        return {"multiplier": torch.zeros_like(latent), **moments}
 
     def begin(self, slots: Iterable[Slot]) -> None:
         """One ascent step at g = 1 before the first epoch, as published: it reaches weights beyond the outer levels
@@ -116,12 +119,14 @@ class CBP(Method):
 
     def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
         """∂L/∂w = ∂C/∂w + λ cs'(w), clipped by value."""
-        multiplier = slot.state["multiplier"]
-        if self.scalars["ascents"]:  # before the first ascent λ = 0 everywhere
-            penalty, slope = slot.grid.penalty_and_slope(slot.latent, self.scalars["window"])
-            gradient.addcmul_(multiplier, slope)
+        if self.scalars["ascents"]:  # before the first one λ = 0 everywhere
+            latent, grid, state, nearest = slot
+            if nearest is None:
+                nearest = grid.nearest(latent)
+            multiplier, window = state["multiplier"], self.scalars["window"]
             if self.follows_lagrangian:
-                self.scalars["penalty_sum"] += total(multiplier * penalty)
+                self.scalars["penalty_sum"] += total(multiplier * grid.penalty(latent, window, nearest))
+            gradient = _followed(grid, latent, nearest, window, multiplier, gradient)
         return gradient.clamp_(-self.gradient_clip, self.gradient_clip) if self.gradient_clip else gradient
 
     def after_step(self, slot: Slot, lr: float) -> None:
@@ -167,10 +172,14 @@ class CBP(Method):
     def _ascend(self, slots: Iterable[Slot]) -> None:
         """One Adam step uphill in λ, whose gradient is cs(w) itself. λ never shrinks, as cs ≥ 0."""
         self.scalars["ascents"] = count = self.scalars["ascents"] + 1
-        for latent, grid, state in slots:
+        for latent, grid, state, _ in slots:
             penalty = grid.penalty(latent, self.scalars["window"])
-            moment1 = state["moment1"].lerp_(penalty, 1 - BETA1)
-            moment2 = state["moment2"].lerp_(penalty.square_(), 1 - BETA2)
+            moment1 = state["moment1"].to(penalty, copy=True).mul_(grid.scale).lerp_(penalty, 1 - BETA1)
+            moment2 = (
+                state["root2"].to(penalty, copy=True).mul_(grid.scale).square_().lerp_(penalty.square_(), 1 - BETA2)
+            )
+            _keep(state["moment1"], moment1 / grid.scale, 0)
+            _keep(state["root2"], moment2.sqrt().div_(grid.scale), 1)
             denominator = (moment2 / (1 - BETA2**count)).sqrt_().add_(EPSILON)
             state["multiplier"].addcdiv_(moment1, denominator, value=self.multiplier_lr / (1 - BETA1**count))
 
@@ -182,3 +191,19 @@ class CBP(Method):
     def describe(self) -> Mapping[str, float]:
         """The window g."""
         return {"window": self.scalars["window"]}
+
+
+def _keep(place: Tensor, values: Tensor, least: int) -> None:
+    """Put values where they rest, as finite numbers, none of them below so many times the smallest number there is: a
+    second moment that vanished before the first one would make Adam's step large.
+    """
+    kind = torch.finfo(place.dtype)
+    place.copy_(values.clamp_(least * kind.tiny * kind.eps, kind.max))
+
+
+@fused
+def _followed(
+    grid: Grid, latent: Tensor, nearest: Tensor, window: float, multiplier: Tensor, gradient: Tensor
+) -> Tensor:
+    """∂C/∂w, changed in place to ∂L/∂w."""
+    return gradient.addcmul_(multiplier, grid.slope(latent, window, nearest))

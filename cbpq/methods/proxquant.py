@@ -44,6 +44,7 @@ class ProxQuant(Method):
     """
 
     name: ClassVar[str] = "proxquant"
+    computes_with_levels: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("proxquant_strength", "proxquant_freeze")
 
     def __init__(self, *, proxquant_strength: float, proxquant_freeze: float) -> None:
@@ -65,7 +66,7 @@ class ProxQuant(Method):
 
     def after_step(self, slot: Slot, lr: float) -> None:
         """Equation (2); or back on the level, which momentum and decay may have moved the weight from."""
-        latent, grid, state = slot
+        latent, grid, state, _ = slot
         if self.scalars["frozen"]:
             latent.copy_(grid.nearest(state["level"] * grid.scale))
         elif pull := lr * self.scalars["strength"]:
@@ -78,7 +79,7 @@ class ProxQuant(Method):
         if self.scalars["frozen"] or progress < self.freeze_at:
             return Update()
         self.scalars["frozen"] = True
-        for latent, grid, state in slots:
+        for latent, grid, state, _ in slots:
             state["level"].copy_(grid.level(latent))
             latent.copy_(grid.nearest(latent))
         return Update(weights_changed=True)
