@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbpq import fileformat
+from cbpq import distributed, fileformat
 from cbpq.data import EvalLoader, load_data
 from cbpq.devices import describe_device, resolve_device
 from cbpq.errors import UsageError
@@ -111,7 +111,7 @@ def evaluate(
         same = second.info.input_spec == first.info.input_spec
         loaders.append(loader if same else images(second)[0])
     if on_start is not None:
-        on_start(sum(map(len, loaders)))
+        on_start(sum(distributed.largest_share(len(each)) for each in loaders))
     predictions = []
     for loaded, batches in zip(networks, loaders, strict=True):
         predictions.append(predict(loaded.model.to(target), batches, target, amp=amp, on_batch=on_batch))

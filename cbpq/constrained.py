@@ -31,7 +31,7 @@ from cbpq.methods.base import Method, Slot, State, Update
 from cbpq.presets import Settings, resolve
 from cbpq.scales import initial_scale
 from cbpq.tracing import unwrapped
-from cbpq.weights import ConstrainedWeight
+from cbpq.weights import ConstrainedWeight, undo_loss_scale
 
 
 class Constrained:
@@ -62,6 +62,7 @@ class Constrained:
         self.settings = settings
         self.skipped = dict(layers.skipped)
         self._epoch = 0
+        self._overflow = False  # GradScaler has the optimizer skip this step
         parameters = dict(model.named_parameters())
         owned = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self._weights: dict[str, ConstrainedWeight] = {}
@@ -125,11 +126,16 @@ class Constrained:
             now, then = weight.parameter, weight.slot.latent
             if (now.device, now.dtype) != (then.device, then.dtype):
                 raise UsageError(f"{name} became {now.dtype} on {now.device}: move the model first, then constrain it")
+        self._overflow = undo_loss_scale(optimizer)
+        if self._overflow:
+            return
         rates = _rates(optimizer)
         for weight in self._weights.values():
             weight.install_latent(self.method, rates.get(id(weight.parameter), 0.0))
 
     def _after_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self._overflow:
+            return
         rates = _rates(optimizer)
         for weight in self._weights.values():
             weight.install_constrained(self.method, rates.get(id(weight.parameter), 0.0))
@@ -323,7 +329,7 @@ def constrain(
 
     Args:
         model: every convolution and linear weight is constrained, except the first convolution and the classifier. Also
-            under torch.compile or DistributedDataParallel.
+            under torch.compile or DistributedDataParallel, not sharded by ``fully_shard``.
         optimizer: any PyTorch optimizer that holds these parameters; stepped without a closure. Learned scales become a
             parameter group of their own, so make learning rate schedulers after this call.
         constraint: ``binary``, ``ternary``, ``one-bit-shift``, ``two-bit-shift``, ``shift:K``, ``levels:…`` or a
@@ -343,6 +349,11 @@ def constrain(
             an optimizer without these parameters.
     """
     network = unwrapped(model)
+    if any(hasattr(parameter, "device_mesh") for parameter in network.parameters()):
+        raise UsageError(
+            "this model's parameters are sharded over processes (fully_shard, DTensor), but constrain needs whole "
+            "ones; use DistributedDataParallel"
+        )
     levels = level_set(constraint)
     layers = choose_layers(
         network,

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from cbpq.errors import DataError, UsageError
 from cbpq.inputs import InputSpec
-from cbpq.loaders import Batch, EvalBatches, EvalLoader, PictureSource, Source, TensorSource, TrainBatches, TrainLoader
+from cbpq.loaders import (
+    Batch,
+    EvalBatches,
+    EvalLoader,
+    PictureSource,
+    SharedTrainLoader,
+    Source,
+    TensorSource,
+    TrainBatches,
+    TrainLoader,
+)
 from cbpq.pictures import ArrayPictures, are_grey, no_labels, one_line
 from cbpq.readers import VAL_SPLITS, Reader, is_reader
 from cbpq.splits import (
@@ -47,7 +57,7 @@ class Data:
     training pictures, and for streams.
     """
 
-    train: TrainLoader | None
+    train: SharedTrainLoader | None
     val: EvalLoader
     classes: int
     describe: dict[str, Any]
@@ -188,7 +198,7 @@ def _assemble(splits: Splits, chosen: Chosen, spec: InputSpec, num_classes: int,
     train, val, seed = chosen.train, chosen.val, how.seed
     normalize = Normalize(spec)
     augmentation = Augmentation()
-    train_loader: TrainLoader | None = None
+    train_loader: SharedTrainLoader | None = None
     calibration_loader: EvalLoader | None = None
     notes = list(splits.notes)
     if train is not None:
@@ -266,7 +276,7 @@ def _load_stream(
     val = StreamEvalBatches(
         PictureStream(dataset, f"{title}:{val_name}", spec, num_classes), spec, batch_size=batch_size
     )
-    train: TrainLoader | None = None
+    train: SharedTrainLoader | None = None
     # the pictures' colours are not known before they come, so only the network's channels tell whether they are grey
     augmentation = Augmentation.choose(augment, spec, grey=False) if training else Augmentation()
     if training:

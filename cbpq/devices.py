@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from cbpq import distributed
 from cbpq.errors import MissingPartError, UsageError
 
 NAMES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device ``name`` stands for; ``auto`` takes a GPU where there is one.
+    """The device ``name`` stands for; ``auto`` takes a GPU where there is one. Of several processes on a machine, each
+    has the GPU of its number.
 
     Raises:
         UsageError: no device is called so.
@@ -21,10 +23,14 @@ def resolve_device(name: str) -> torch.device:
     kind, colon, number = name.strip().lower().partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
         raise UsageError(f"unknown device {name!r}; choose one of {', '.join(NAMES)}")
+    several = distributed.world_size() > 1
+    if several and (kind == "mps" or colon):
+        raise UsageError(f"--device {name} is one device for all processes; use cuda (each takes its own GPU) or cpu")
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and not several
+        kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if kind == "cuda":
-        return _cuda(int(number) if colon else None)
+        return _cuda(int(number) if colon else distributed.local_rank() if several else None)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise MissingPartError("device mps is not available here; use --device cpu")
     return torch.device(kind)

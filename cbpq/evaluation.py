@@ -7,14 +7,16 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cbpq import distributed
 from cbpq.data import EvalLoader
 from cbpq.errors import CbpqError, DataError, UsageError
-from cbpq.loaders import deaths_explained
+from cbpq.loaders import dealt, deaths_explained
 from cbpq.models import logits
 from cbpq.pictures import NO_LABEL
 from cbpq.splits import misfit
@@ -139,6 +141,8 @@ def predict(
 ) -> Predictions:
     """Run ``model`` on every image once, in evaluation mode; afterwards its training flags are as before.
 
+    Of several processes, each runs its batches, and all get everything.
+
     The network has to be on ``device`` already. ``amp`` computes in bfloat16 where that is safe; ``on_batch`` is called
     after every batch.
 
@@ -148,13 +152,13 @@ def predict(
     """
     target = torch.device(device)
     labels, classes, in_top5, losses = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-    count = 0
     labelled: bool | None = None  # the first batch tells
     layout: torch.memory_format | None = None  # this too
+    turn = distributed.turn()
     started = time.perf_counter()
     # no_grad, not inference_mode: tensors a network keeps (position tables, say) must stay usable for training
     with untouched(model), torch.no_grad(), deaths_explained():
-        for batch in loader:
+        for index, batch in enumerate(dealt(loader, turn)):
             images = batch.images.to(target)
             layout = layout or image_format(model, images)
             with torch.autocast(target.type, dtype=torch.bfloat16, enabled=amp):
@@ -163,8 +167,7 @@ def predict(
             scores = output.float().cpu().double()
             if labelled is None:
                 labelled = bool((batch.labels != NO_LABEL).any())
-            _check(scores, batch.labels, count, labelled)
-            count += len(batch.labels)
+            _check(scores, batch.labels, _first(loader, turn.number + index * turn.of, len(scores)), labelled)
             labels.append(batch.labels)
             classes.append(scores.argmax(1))  # the first of equal ones
             if labelled:
@@ -175,7 +178,8 @@ def predict(
                 in_top5.append(rank(scores, batch.labels) < TOP)
             if on_batch is not None:
                 on_batch()
-    if not count:
+    labels, classes, in_top5, losses = (_collected(own) for own in (labels, classes, in_top5, losses))
+    if not labels:
         raise DataError("there are no images to evaluate on")
     return Predictions(
         torch.cat(labels),
@@ -184,6 +188,17 @@ def predict(
         torch.cat(losses),
         time.perf_counter() - started,
     )
+
+
+def _collected(own: list[Tensor]) -> list[Tensor]:
+    """One tensor for each batch, of all processes, in the loader's order."""
+    rounds = zip_longest(*distributed.gathered(own))
+    return [tensor for each in rounds for tensor in each if tensor is not None]
+
+
+def _first(loader: EvalLoader, index: int, size: int) -> int:
+    """Number of the first image of batch ``index``: all have as many as this one but the last."""
+    return index * size if index < len(loader) - 1 else loader.images - size
 
 
 def summarize(predictions: Predictions, reference: Predictions | None = None) -> Evaluation:

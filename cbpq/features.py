@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from cbpq import distributed
 from cbpq.blocks import Block
-from cbpq.recipe import relative_error
+from cbpq.recipe import energy, relative_error
 
 
 class FeaturePair:
@@ -35,11 +36,11 @@ class FeaturePair:
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Relative squared difference of the outputs (logits), plus its mean over the blocks."""
-        total = relative_error(output, target)
-        if self._paths:
-            terms = [relative_error(self._own[path], self._teachers[path]) for path in self._paths]
-            total = total + torch.stack(terms).mean()
-        return total
+        pairs = [(output, target), *((self._own[path], self._teachers[path]) for path in self._paths)]
+        # of all processes, so that their mean loss is that of the whole batch
+        energies = distributed.mean(torch.stack([energy(target) for _, target in pairs]))
+        total, *terms = (relative_error(*pair, divisor) for pair, divisor in zip(pairs, energies, strict=True))
+        return total + torch.stack(terms).mean() if terms else total
 
 
 def _keeping(kept: dict[str, Tensor], path: str) -> Callable[[nn.Module, object, Tensor], None]:

@@ -5,14 +5,16 @@ processes, of the batch an epoch is taken up at, or of any global random state, 
 """
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cbpq.distributed import ALL, Turn
 from cbpq.errors import DataError, UsageError
 from cbpq.inputs import InputSpec
 from cbpq.pictures import Pictures, with_channels
@@ -68,6 +71,17 @@ class TrainLoader(Protocol):
         """
 
 
+class SharedTrainLoader(TrainLoader, Protocol):
+    """A training loader that several processes can share."""
+
+    def sliced(self, turn: Turn) -> TrainLoader:
+        """This loader for one of the processes: each has an equal slice of every batch, in order.
+
+        Raises:
+            UsageError: the batches cannot be divided.
+        """
+
+
 class EvalLoader(Protocol):
     """Every image exactly once, in a fixed order; the last batch may be short."""
 
@@ -79,6 +93,14 @@ class EvalLoader(Protocol):
         """Number of batches."""
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class SharedEvalLoader(EvalLoader, Protocol):
+    """An evaluation loader that several processes can share."""
+
+    def dealt(self, turn: Turn) -> Iterator[Batch]:
+        """The batches of one of the processes, to whom they are dealt out one after the other."""
 
 
 class Source(Protocol):
@@ -165,7 +187,7 @@ class TrainBatches:
     ) -> None:
         self._source, self._normalize, self._augmentation = source, normalize, augmentation
         self._labels = torch.from_numpy(source.labels)
-        self.batch_size, self._seed = batch_size, seed
+        self.batch_size, self._seed, self._turn = batch_size, seed, ALL
 
     @property
     def images(self) -> int:
@@ -181,9 +203,17 @@ class TrainBatches:
         order = epoch_generator(self._seed, number, ORDER).permutation(np.arange(self.images, dtype=np.int64))
         draws = Shifts.draw(self._augmentation, self._seed, number, self.images)
         plan = [order[index * self.batch_size :][: self.batch_size] for index in range(start, len(self))]
+        plan = [slice_of(samples, self._turn) for samples in plan]
         for samples, images in zip(plan, self._source.batches(plan, number), strict=True):
             shifted = self._augmentation.on_batch(images, draws, samples)
             yield Batch(self._normalize(shifted), self._labels[torch.from_numpy(samples)])
+
+    def sliced(self, turn: Turn) -> "TrainBatches":
+        """See `SharedTrainLoader.sliced`."""
+        check_divisible(min(self.batch_size, self.images), turn)
+        own = copy.copy(self)
+        own._turn = turn
+        return own
 
 
 class RepeatedBatches:
@@ -215,22 +245,27 @@ class EvalBatches:
 
     def __init__(self, source: Source, normalize: Normalize, *, batch_size: int, mirrored: bool = False) -> None:
         self._source, self._normalize = source, normalize
-        self._turns = (False, True) if mirrored else (False,)
+        self._halves = (False, True) if mirrored else (False,)
         self._labels = torch.from_numpy(source.labels)
         self.batch_size = batch_size
 
     @property
     def images(self) -> int:
         """Number of images."""
-        return len(self._turns) * len(self._labels)
+        return len(self._halves) * len(self._labels)
 
     def __len__(self) -> int:
-        return len(self._turns) * len(self._plan())
+        return len(self._halves) * len(self._plan())
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.dealt(ALL)
+
+    def dealt(self, turn: Turn) -> Iterator[Batch]:
+        """See `SharedEvalLoader.dealt`."""
         plan = self._plan()
-        for mirror in self._turns:
-            for samples, images in zip(plan, self._source.batches(plan, None), strict=True):
+        for half, mirror in enumerate(self._halves):
+            own = plan[(turn.number - half * len(plan)) % turn.of :: turn.of]
+            for samples, images in zip(own, self._source.batches(own, None), strict=True):
                 normalized = self._normalize(images)
                 yield Batch(normalized.flip(-1) if mirror else normalized, self._labels[torch.from_numpy(samples)])
 
@@ -260,6 +295,32 @@ def deaths_explained() -> Iterator[None]:
 def batches_per_epoch(images: int, batch_size: int) -> int:
     """Full batches, or one short one if there are fewer images than that."""
     return max(1, images // batch_size)
+
+
+def dealt(loader: EvalLoader, turn: Turn) -> Iterator[Batch]:
+    """The batches of one of several processes; a loader that cannot leave out the others' reads them too."""
+    if isinstance(loader, SharedEvalLoader):
+        return loader.dealt(turn)
+    return islice(iter(loader), turn.number, None, turn.of)
+
+
+def slice_of(batch: Indices, turn: Turn) -> Indices:
+    """The part of a batch that one of several processes has."""
+    size = len(batch) // turn.of
+    return batch[turn.number * size :][:size]
+
+
+def check_divisible(batch_size: int, turn: Turn) -> None:
+    """Refuse batches of which the processes would not have equal parts.
+
+    Raises:
+        UsageError: naming a batch size that can be divided.
+    """
+    if batch_size % turn.of:
+        raise UsageError(
+            f"batches of {batch_size} pictures cannot be divided evenly among {turn.of} processes; "
+            f"use --batch-size {max(batch_size // turn.of, 1) * turn.of}"
+        )
 
 
 def check_position(number: int, start: int) -> None:

@@ -27,6 +27,11 @@ def state_file(output: Path) -> Path:
     return working_folder(output) / "state.pt"
 
 
+def is_finished(output: Path) -> bool:
+    """Whether there is a result, and no unfinished run."""
+    return (output / RESULTS[0]).exists() and not state_file(output).exists()
+
+
 def claim_output(output: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Make sure that a run may write into ``output``, before any work is done. Leaves nothing behind.
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cbpq import stages
+from cbpq import distributed, stages
+from cbpq.agreement import check_same_plan, check_same_weights
 from cbpq.atomic import atomic_write, remove_leftovers, writing
 from cbpq.checkpoint import load_checkpoint, save_checkpoint, understood
 from cbpq.compensation import Rounding, Start, round_network
@@ -35,7 +36,7 @@ from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
 from cbpq.report import Report, Stage, plain
 from cbpq.summary import HALVED, build_report, metric_facts, run_facts, settings_toml, stage_row
 from cbpq.synthesis import save_pictures, steps_in_all, synthesize
-from cbpq.training import EpochEnd, Run, Step, finish, prepare, settling_batches, train
+from cbpq.training import EpochEnd, Run, Step, finish, prepare, settling_batches, share_statistics, train
 
 SYNTHESIS = "synthesis"
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = "nearest rounding", "compensated rounding", "reconstruction", "training"
@@ -94,8 +95,15 @@ def execute(
     check_labels_for_loss(job)
     if job.data is not None and job.data.train is None:
         raise UsageError("quantizing needs pictures to train on: give --data a folder or .npz file with such")
-    claim_output(output, resume=resume, overwrite=overwrite)
-    with deaths_explained(), working_in(output, resume=resume, overwrite=overwrite):
+    if distributed.is_main():
+        claim_output(output, resume=resume, overwrite=overwrite)
+    check_same_plan(job)
+    if job.data is not None:
+        stages.training_batches(job.data, job.resolved.settings)  # what is wrong with them is to be known at once
+    writes = (
+        working_in(output, resume=resume, overwrite=overwrite) if distributed.is_main() else contextlib.nullcontext()
+    )
+    with deaths_explained(), writes:
         return _Execution(job, output, resume, listener, should_stop).run()
 
 
@@ -125,8 +133,7 @@ class _Execution:
 
     def run(self) -> Report:
         """The job, from the first measurement to the last file."""
-        state = load_checkpoint(self.state_path, self.job.identity()) if self.state_path.exists() else None
-        remove_leftovers(self.work)
+        state = distributed.from_main(self._load)
         network = self.job.loaded.model.to(self.job.device)
         teacher = copy.deepcopy(network).eval().requires_grad_(False)
         if state:
@@ -149,6 +156,10 @@ class _Execution:
         self._train(run)
         return self._conclude(run, teacher)
 
+    def _load(self) -> dict[str, Any] | None:
+        remove_leftovers(self.work)
+        return load_checkpoint(self.state_path, self.job.identity()) if self.state_path.exists() else None
+
     def _take_back(self, state: Mapping[str, Any], network: nn.Module) -> None:
         self.log = list(state["log"])
         self.seconds, self.measured = dict(state["seconds"]), state["measured"]
@@ -170,7 +181,8 @@ class _Execution:
                 self.pictures = synthesize(
                     teacher, spec, classes, job.synthesis, seed=settings.seed, device=job.device, on_step=self._tick
                 )
-            if job.save_synthetic is not None:
+            distributed.take_from_main([self.pictures])
+            if job.save_synthetic is not None and distributed.is_main():
                 save_pictures(self.pictures, job.save_synthetic, self.resume)
             self._save(job.loaded.model)
         self.data = synthetic_data(
@@ -220,6 +232,8 @@ class _Execution:
         memory = PeakMemory(self.job.device)
         with self._phase(name, steps):
             self.starts = work()
+            own = [tensor for start in self.starts.values() for tensor in (start.latent, start.scale)]
+            distributed.take_from_main([*network.state_dict().values(), *own])
         peak = memory.bytes()
         predictions = self._measure(name, network) if self.job.resolved.settings.evaluate_every else None
         self.stages.append(stage_row(name, predictions, self._original(), self.seconds[name], peak))
@@ -227,10 +241,11 @@ class _Execution:
 
     def _seconds_left(self) -> float:
         """Of --max-time, which counts from the beginning of synthesis or rounding; those two are never cut short."""
-        if self.job.max_minutes is None:
+        minutes = self.job.max_minutes
+        if minutes is None:
             return math.inf
         spent = sum(self.seconds.get(name, 0.0) for name in (SYNTHESIS, *STAGES))
-        return max(60 * self.job.max_minutes - spent, 1.0)
+        return distributed.from_main(lambda: max(60 * minutes - spent, 1.0))
 
     def _data(self) -> Data:
         if self.data is None:
@@ -269,7 +284,7 @@ class _Execution:
         try:
             for event in train(run):
                 self._emit(event)
-                stop = self.should_stop()
+                stop = distributed.any_of(self.should_stop())
                 if stop or isinstance(event, EpochEnd) or run.seconds - saved_at >= 60 * settings.checkpoint_minutes:
                     self._save(run.model, run)
                     saved_at = run.seconds
@@ -278,7 +293,8 @@ class _Execution:
                 if self._measure_epoch(run):
                     self._emit(training)
         except DataError:  # between two steps: pictures that vanished, say, may be back for --resume
-            self._save(run.model, run)
+            if distributed.world_size() == 1:  # else the others are in the middle of a step
+                self._save(run.model, run)
             raise
         self.seconds[TRAINED] = run.seconds
         self.training_memory = memory.bytes()
@@ -288,6 +304,7 @@ class _Execution:
         every = self.job.resolved.settings.evaluate_every
         if run.done or run.step or run.epoch == self.measured or not every or run.epoch % every:
             return False
+        share_statistics(run)
         with run.constrained.projected():
             self._measure(f"epoch {run.epoch}", run.model)
         self.measured = run.epoch
@@ -295,14 +312,20 @@ class _Execution:
 
     def _conclude(self, run: Run, teacher: nn.Module) -> Report:
         """Settle, measure, write everything into the working folder, and only then put it in its place."""
-        job, original = self.job, self._original()
         with self._phase("settling the weights", settling_batches(run)):
             finish(run, self._tick)
-        final = self._measure(f"before {HALVED}" if job.choices["half"] else "quantized", run.model)
+        check_same_weights(run)
+        half = self.job.choices["half"]
+        final = self._measure(f"before {HALVED}" if half else "quantized", run.model)
         if run.steps:
-            self.stages.append(stage_row(TRAINED, final, original, self.seconds[TRAINED], self.training_memory))
-        if job.choices["half"]:
+            row = stage_row(TRAINED, final, self._original(), self.seconds[TRAINED], self.training_memory)
+            self.stages.append(row)
+        if half:
             final = self._halve(run, final)
+        return distributed.from_main(lambda: self._write(run, teacher, final))
+
+    def _write(self, run: Run, teacher: nn.Module, final: Predictions) -> Report:
+        job, original = self.job, self._original()
         with self._phase("measuring layers", 0):
             noise = signal_to_noise(teacher, run.model, run.constrained.names, self._layer_images())
         save(
@@ -356,7 +379,7 @@ class _Execution:
 
     def _measure(self, which: str, network: nn.Module) -> Predictions:
         val = self._data().val
-        with self._phase("measuring", len(val)):
+        with self._phase("measuring", distributed.largest_share(len(val))):
             predictions = predict(network, val, self.job.device, amp=self.job.amp, on_batch=self._tick)
         compared = None if predictions.labelled or which == "original" else self.original
         self._emit(Evaluated(which, summarize(predictions, compared).to_dict()))
@@ -381,11 +404,13 @@ class _Execution:
         line = json.dumps({"event": type(event).__name__, **plain(asdict(event))}) + "\n"
         self.log.append(line)
         path = self.work / "events.jsonl"
-        with writing(path), path.open("a") as stream:
-            stream.write(line)
+        if distributed.is_main():
+            with writing(path), path.open("a") as stream:
+                stream.write(line)
 
     def _start_log(self) -> None:
-        atomic_write(self.work / "events.jsonl", "".join(self.log).encode())
+        if distributed.is_main():
+            atomic_write(self.work / "events.jsonl", "".join(self.log).encode())
 
     def _save(self, network: nn.Module, run: Run | None = None) -> None:
         if run is not None and not is_finite(run):
@@ -393,6 +418,9 @@ class _Execution:
                 f"a weight is not finite any more after step {run.step} of epoch {run.epoch + 1}; "
                 f"lower --lr (now {run.settings.lr:g}) or run without --amp"
             )
+        if run is not None:
+            check_same_weights(run)
+            share_statistics(run)
         state = {
             "run": run.state_dict() if run is not None else None,
             "network": network.state_dict() if run is None else None,
@@ -404,7 +432,8 @@ class _Execution:
             "seconds": self.seconds,
             "original": self.original.state_dict() if self.original is not None else None,
         }
-        save_checkpoint(self.state_path, self.job.identity(), state)
+        if distributed.is_main():
+            save_checkpoint(self.state_path, self.job.identity(), state)
         self._emit(Saved(run.epoch, run.step) if run is not None else Saved(0, 0))
 
 

@@ -50,7 +50,15 @@ def loss_of(
     return loss
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference in units of the target's energy, so that it means the same in every layer."""
-    target = target.float()
-    return nn.functional.mse_loss(output.float(), target) / target.square().mean().clamp_min(1e-12)
+def relative_error(output: Tensor, target: Tensor, divisor: Tensor | None = None) -> Tensor:
+    """Mean squared difference in units of the target's energy, so that it means the same in every layer.
+
+    ``divisor`` is that energy where more is known of it than this batch tells.
+    """
+    divisor = energy(target) if divisor is None else divisor
+    return nn.functional.mse_loss(output.float(), target.float()) / divisor.clamp_min(1e-12)
+
+
+def energy(target: Tensor) -> Tensor:
+    """Mean square."""
+    return target.float().square().mean()

@@ -7,6 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from cbpq import distributed
 from cbpq.compensation import Start
 from cbpq.data import Batch, Data, TrainLoader
 from cbpq.errors import TrainingError
@@ -36,16 +37,19 @@ def handed_on(
 
 
 def training_batches(data: Data, settings: Settings) -> TrainLoader:
-    """The training pictures, gone through several times in an epoch where there are few.
+    """The training pictures, gone through several times in an epoch where there are few; of several processes, each
+    has its slices.
 
     Raises:
         TrainingError: there are none.
+        UsageError: a batch cannot be divided among the processes.
     """
     if data.train is None:
         raise TrainingError("there are no pictures to train on")
     steps = settings.epoch_images / settings.batch_size
-    passes = math.ceil(steps / len(data.train))
-    return RepeatedBatches(data.train, passes) if passes > 1 else data.train
+    own = data.train.sliced(distributed.turn()) if distributed.world_size() > 1 else data.train
+    passes = math.ceil(steps / len(own))
+    return RepeatedBatches(own, passes) if passes > 1 else own
 
 
 def calibration_images(data: Data, device: torch.device, most: int | None = None) -> list[Tensor]:

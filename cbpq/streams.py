@@ -5,18 +5,20 @@ They are read by this process alone, whatever the number of workers, so that ord
 take an epoch up in the middle, the stream is read again from its beginning.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cbpq.distributed import ALL, Turn
 from cbpq.errors import DataError
 from cbpq.inputs import InputSpec
-from cbpq.loaders import Batch, batches_per_epoch, check_position
+from cbpq.loaders import Batch, batches_per_epoch, check_divisible, check_position, slice_of
 from cbpq.pictures import brief, with_channels
 from cbpq.splits import misfit
 from cbpq.transforms import (
@@ -32,6 +34,7 @@ from cbpq.transforms import (
 
 BUFFER = 1024  # pictures
 
+T = TypeVar("T")
 _Item = tuple[int, Tensor, int]  # position in the stream, uint8 image (C, height, width), label
 
 
@@ -91,7 +94,7 @@ class StreamTrainBatches:
     ) -> None:
         self._stream, self._normalize, self._augmentation = stream, Normalize(spec), augmentation
         self._crop = RandomResizedCrop(spec) if augmentation.resized_crop else None
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self._seed, self._turn = batch_size, seed, ALL
 
     @property
     def images(self) -> int:
@@ -108,9 +111,17 @@ class StreamTrainBatches:
         items = _mixed(self._transformed(number), epoch_generator(self._seed, number, ORDER))
         for index, items_of_batch in enumerate(_chunks(items, self._batch_size)):
             if start <= index < len(self):
-                positions, images, labels = zip(*items_of_batch, strict=True)
+                own = slice_of(np.arange(len(items_of_batch)), self._turn)
+                positions, images, labels = zip(*(items_of_batch[item] for item in own), strict=True)
                 shifted = self._augmentation.on_batch(torch.stack(images), draws, np.array(positions, dtype=np.int64))
                 yield Batch(self._normalize(shifted), torch.tensor(labels))
+
+    def sliced(self, turn: Turn) -> "StreamTrainBatches":
+        """See `SharedTrainLoader.sliced`; every process reads the whole stream."""
+        check_divisible(min(self._batch_size, self.images), turn)
+        own = copy.copy(self)
+        own._turn = turn
+        return own
 
     def _transformed(self, epoch: int) -> Iterator[_Item]:
         for position, picture, label in self._stream:
@@ -135,10 +146,15 @@ class StreamEvalBatches:
         return -(-self.images // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        items = ((position, self._stream.evaluation(picture), label) for position, picture, label in self._stream)
-        for items_of_batch in _chunks(items, self._batch_size):
-            _, images, labels = zip(*items_of_batch, strict=True)
-            yield Batch(self._normalize(torch.stack(images)), torch.tensor(labels))
+        return self.dealt(ALL)
+
+    def dealt(self, turn: Turn) -> Iterator[Batch]:
+        """See `SharedEvalLoader.dealt`; every process reads the whole stream."""
+        for index, items_of_batch in enumerate(_chunks(iter(self._stream), self._batch_size)):
+            if index % turn.of == turn.number:
+                _, pictures, labels = zip(*items_of_batch, strict=True)
+                images = torch.stack([self._stream.evaluation(picture) for picture in pictures])
+                yield Batch(self._normalize(images), torch.tensor(labels))
 
 
 def _mixed(items: Iterator[_Item], generator: np.random.Generator) -> Iterator[_Item]:
@@ -152,6 +168,6 @@ def _mixed(items: Iterator[_Item], generator: np.random.Generator) -> Iterator[_
         yield buffer[place]
 
 
-def _chunks(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
     while chunk := list(itertools.islice(items, size)):
         yield chunk

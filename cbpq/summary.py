@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import cbpq
+from cbpq import distributed
 from cbpq.constrained import Constrained
 from cbpq.data import Data
 from cbpq.devices import describe_device
@@ -166,6 +167,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cbpq import distributed
 from cbpq.blocks import find_blocks
 from cbpq.compensation import Start
 from cbpq.constrained import Constrained, bind
@@ -92,6 +93,7 @@ class Training:
     done: bool = False
     features: FeaturePair | None = None
     layout: torch.memory_format | None = None  # of images; the first batch tells
+    averaging: nn.Module | None = None  # the network as it trains in one of several processes
     _clock: Callable[[], float] = field(default=time.monotonic, repr=False)
 
     @property
@@ -109,13 +111,19 @@ class Run(Training):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly from here: tensors and plain values only."""
+        own, *others = distributed.gathered(
+            {
+                "rng": torch.get_rng_state(),
+                "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            }
+        )
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "constrained": self.constrained.state_dict(),
             "position": {name: getattr(self, name) for name in _POSITION},
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            **own,
+            "rng_others": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,9 +133,14 @@ class Run(Training):
         self.constrained.load_state_dict(state["constrained"])
         for name, value in state["position"].items():
             setattr(self, name, value)
-        torch.set_rng_state(state["rng"].cpu())
-        if state["rng_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng_cuda"].cpu(), self.device)
+        random = [state, *state.get("rng_others", [])]
+        if len(random) != distributed.world_size():  # it goes on with more or fewer processes
+            torch.manual_seed(self.settings.seed + self.steps * len(random) + distributed.rank())
+            return
+        own = random[distributed.rank()]
+        torch.set_rng_state(own["rng"].cpu())
+        if own["rng_cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["rng_cuda"].cpu(), self.device)
 
 
 _POSITION = ("epoch", "step", "steps", "seconds", "loss_sum", "images_seen", "done")
@@ -152,8 +165,10 @@ def prepare(
     Where the settings distil, ``teacher`` is the original network, by default ``model`` as it is. ``starts`` says where
     each weight starts, by default at what it is.
     """
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + distributed.rank())
     model.to(device)
+    if settings.batchnorm != "frozen":
+        model = distributed.with_shared_statistics(model, device)
     if not settings.distillation:
         teacher = None
     elif teacher is None:
@@ -170,6 +185,8 @@ def get_ready(run: Training, names: Sequence[str]) -> None:
     for group in run.optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     run.done = run.settings.epochs == 0
+    if not run.done:
+        run.averaging = distributed.averaging(run.model, run.device)
     if run.teacher is not None and run.settings.distillation_loss == "features" and not run.done:
         images = next(iter(run.loader.epoch(0))).images.to(run.device)
         run.features = FeaturePair(run.model, run.teacher, find_blocks(run.model, names, images))
@@ -186,7 +203,8 @@ def train(run: Run) -> Iterator[Event]:
         epoch_started, first = run._clock(), run.step
         for batch, loss in take_steps(run):
             run.constrained.advance(run.progress)
-            rate = (run.step - first) * len(batch.labels) / max(run._clock() - epoch_started, 1e-9)
+            images = len(batch.labels) * distributed.world_size()
+            rate = (run.step - first) * images / max(run._clock() - epoch_started, 1e-9)
             yield _step_event(run, loss, rate)
         yield _end_epoch(run, run._clock() - epoch_started)
 
@@ -214,8 +232,8 @@ def take_steps(run: Training) -> Iterator[tuple[Batch, float]]:
         run.loss_sum += loss
         run.step += 1
         run.steps += 1
-        run.images_seen += len(batch.labels)
-        run.seconds = run._clock() - started
+        run.images_seen += len(batch.labels) * distributed.world_size()
+        run.seconds = distributed.from_main(lambda: run._clock() - started)
         yield batch, loss
 
 
@@ -233,7 +251,7 @@ def take_step(run: Training, batch: Batch) -> float:
         loss = loss_of(logits(output), labels, target, run.settings, difference)
         for auxiliary in auxiliary_logits(output):
             loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)
-    value = float(loss.detach())
+    value = float(distributed.mean(loss.detach()))
     if not math.isfinite(value):
         raise TrainingError(
             f"the loss became {value} in epoch {run.epoch + 1}, step {run.step + 1}; "
@@ -259,7 +277,7 @@ def forward(run: Training, images: Tensor) -> Any:
         TrainingError: BatchNorm finds the batch too small.
     """
     try:
-        return run.model(images)
+        return (run.model if run.averaging is None else run.averaging)(images)
     except ValueError as error:
         raise TrainingError(
             f"the network cannot be trained on batches of {len(images)} ({one_line(error)}); "
@@ -342,10 +360,12 @@ def settle(run: Training, on_batch: Callable[[], None] = lambda: None) -> None:
     """The end of training: BatchNorm statistics re-estimated for the weights as they are now, evaluation mode."""
     if run.features is not None:
         run.features.remove()
+    run.averaging = None
     count = settling_batches(run)
     norms = [norm for norm in batch_norms(run.model) if norm.track_running_stats]
     run.model.eval()
     if not count or not norms:
+        share_statistics(run)
         return
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     for norm in norms:
@@ -360,4 +380,16 @@ def settle(run: Training, on_batch: Callable[[], None] = lambda: None) -> None:
         norm.momentum = momentum
         if not norm.num_batches_tracked:  # in an auxiliary head, which only training runs
             norm.load_state_dict(state)
+    share_statistics(run)
     run.model.eval()
+
+
+@torch.no_grad()
+def share_statistics(run: Training) -> None:
+    """Average BatchNorm's running statistics over the processes."""
+    if distributed.world_size() == 1 or run.settings.batchnorm == "frozen":
+        return
+    for norm in batch_norms(run.model):
+        for buffer in (norm.running_mean, norm.running_var):
+            if buffer is not None:
+                buffer.copy_(distributed.mean(buffer))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cbpq.levels import Grid
 from cbpq.methods.base import Method, Slot
@@ -118,6 +119,26 @@ def _cut(slot: Slot) -> Iterator[tuple[slice, Slot]]:
         own = slice(start, start + rows)
         grid = Grid(slot.grid.level_set, scale.flatten(1)[own] if scale.dim() else scale)
         yield own, Slot(latent[own], grid, {name: tensor[own] for name, tensor in state.items()})
+
+
+@torch.no_grad()
+def undo_loss_scale(optimizer: Optimizer) -> bool:
+    """Divide gradients by the loss scale where GradScaler leaves that to the optimizer, as with ``fused=True``.
+
+    Returns:
+        Whether the step will be skipped, because a gradient is not finite.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:  # no GradScaler, or one that does both itself
+        return False
+    if (loss_scale := getattr(optimizer, "grad_scale", None)) is not None:
+        factor = loss_scale.double().reciprocal().float()
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor.to(parameter.grad.device))
+        vars(optimizer)["grad_scale"] = None
+    return bool(found)
 
 
 def scale_sums(gradient: Tensor, nearest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "cbpq"
 # Each row may import from itself and from the rows above it.
 ROWS = (
     ("", "errors"),
-    ("lazy", "inputs", "packing", "atomic", "container", "locking", "outputs", "pictures", "transforms"),
+    ("lazy", "inputs", "packing", "atomic", "container", "locking", "outputs", "distributed", "pictures", "transforms"),
     ("fused", "levels", "scales", "rounding", "content", "fileformat"),
     ("methods", "presets", "configuration"),
     (
@@ -55,7 +55,7 @@ ROWS = (
         "inspection",
     ),
     ("exports", "sections", "report", "standings", "plotting"),
-    ("planning", "events", "stages", "summary", "pipeline", "comparison"),
+    ("planning", "agreement", "events", "stages", "summary", "pipeline", "comparison"),
     ("api",),
     ("cli", "__main__"),
 )

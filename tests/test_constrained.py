@@ -204,20 +204,23 @@ def test_gradient_accumulation(parts: int) -> None:
         torch.testing.assert_close(accumulated[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
     model = net()
     optimizer = sgd(model)
     constrained = cbpq.constrain(model, optimizer, "ternary", epochs=4)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     losses = []
     for _ in range(4):
         for _ in range(10):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=dtype):
                 output = model(IMAGES)
-                assert output.dtype == torch.bfloat16
+                assert output.dtype == dtype
                 loss = nn.functional.cross_entropy(output.float(), LABELS)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             assert holds(constrained)
             losses.append(loss.item())
         constrained.end_epoch()
@@ -281,6 +284,27 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         for _ in range(3):
             assert step(model, optimizer) == step(alone, other)
         assert same(everything(constrained), everything(reference))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_sharded_models_are_refused(tmp_path: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = net()
+        fully_shard(model, mesh=mesh)
+        before = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(
+            UsageError, match=r"sharded over processes \(fully_shard, DTensor\).*DistributedDataParallel"
+        ):
+            cbpq.constrain(model, sgd(model), "ternary")
+        after = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+        assert same(after, before)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -497,20 +521,41 @@ def test_a_layer_without_gradient_is_left_alone() -> None:
     assert holds(constrained)
 
 
-def test_gradient_scaler_skips_a_step() -> None:
+def scaled_steps(fused: bool, method: str) -> list[dict[str, Tensor]]:
+    """Everything after each of three steps with a loss scale, the second of which overflows."""
     model = net()
-    optimizer = sgd(model)
-    constrained = cbpq.constrain(model, optimizer, "ternary")
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    constrained = cbpq.constrain(model, optimizer, "ternary", method, preset="paper", multiplier_lr=0.1)
+    constrained.end_epoch(1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)  # with which every gradient would be clipped
+    found = [everything(constrained)]
     for overflow in (False, True, False):
-        before = everything(constrained)
         optimizer.zero_grad()
         loss = loss_of(model) * (float("inf") if overflow else 1.0)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        assert same(everything(constrained), before) == overflow
-        assert holds(constrained)
+        found.append(everything(constrained))
+    return found
+
+
+@pytest.mark.parametrize("method", ["cbp", "proxquant", "askewsgd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaler_skips_a_step(fused: bool, method: str) -> None:
+    """What moves a latent weight beside the optimizer, such as a clamp, skips it too."""
+    first, *others = scaled_steps(fused, method)
+    before = first
+    for overflow, after in zip((False, True, False), others, strict=True):
+        assert same(after, before) == overflow
+        before = after
+
+
+@pytest.mark.parametrize("method", ["cbp", "askewsgd"])
+def test_gradient_scaler_with_fused_optimizers(method: str) -> None:
+    """GradScaler leaves unscaling to these; the method gets the loss's own gradients all the same."""
+    for ours, theirs in zip(scaled_steps(True, method), scaled_steps(False, method), strict=True):
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_layers() -> None:

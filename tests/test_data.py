@@ -28,12 +28,14 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights, SqueezeNet1_1
 from cbpq import data as data_module
 from cbpq import streams
 from cbpq.data import Data, TrainLoader, load_data
+from cbpq.distributed import Turn
 from cbpq.errors import CbpqError, DataError, MissingPartError, UsageError
 from cbpq.folders import read_class_map
 from cbpq.inputs import InputSpec
-from cbpq.loaders import PictureSource, TrainBatches
+from cbpq.loaders import PictureSource, TrainBatches, dealt
 from cbpq.readers import Reader
 from cbpq.splits import hold_out, stratified
+from cbpq.streams import StreamTrainBatches
 from cbpq.transforms import (
     RATIO,
     SCALE,
@@ -1059,6 +1061,27 @@ def test_streams(spec: InputSpec, stream: Callable[..., Data], monkeypatch: pyte
     expected = Normalize(spec)(EvalTransform(spec)(random_image(3, 80))[None])[0]
     assert torch.equal(images[3], expected)
     assert data.describe["kind"] == "stream"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_streams_for_several_processes(stream: Callable[..., Data], count: int) -> None:
+    data = stream(FakeStream(23), FakeStream(14), batch_size=12)
+    train = data.train
+    assert isinstance(train, StreamTrainBatches)
+    parts = [train.sliced(Turn(number, count)) for number in range(count)]
+    whole = epoch(data, 3)
+    slices = [list(part.epoch(3)) for part in parts]
+    for index, (images, labels) in enumerate(whole):
+        assert torch.equal(images, torch.cat([batches[index].images for batches in slices]))
+        assert torch.equal(labels, torch.cat([batches[index].labels for batches in slices]))
+    with pytest.raises(UsageError, match="batches of 12 pictures cannot be divided evenly among 5 processes"):
+        train.sliced(Turn(0, 5))
+    batches = list(data.val)
+    for number in range(count):
+        dealt_out = list(dealt(data.val, Turn(number, count)))
+        for ours, theirs in zip(dealt_out, batches[number::count], strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.labels, theirs.labels)
 
 
 def test_a_stream_shows_every_picture_once(stream: Callable[..., Data], monkeypatch: pytest.MonkeyPatch) -> None:

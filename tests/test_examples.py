@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_job import RESULTS, ROOT, command, contents, write_folder
+from torch.distributed.run import get_args_parser
 
 import cbpq
 from cbpq.inputs import InputSpec
@@ -72,6 +73,8 @@ def test_flags_named_in_documents_exist() -> None:
     known = set(re.findall(r"--[a-z][a-z0-9-]+", helps)) | {"--install-completion", "--strict", "--version"}
     for path in EXAMPLES.rglob("*.py"):
         known |= set(re.findall(r"add_argument\(\s*\"(--[a-z0-9-]+)\"", path.read_text()))
+    known |= {flag for action in get_args_parser()._actions for flag in action.option_strings}  # torchrun's
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node"}  # Slurm's srun's
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", document.read_text()))
         assert named <= known, f"{document}: {named - known}"

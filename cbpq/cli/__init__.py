@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 
 import cbpq
-from cbpq.cli import compare, doctor, evaluate, export, inspect, models, quantize
+from cbpq.cli import compare, doctor, evaluate, export, inspect, models, processes, quantize
 from cbpq.cli.common import stderr
-from cbpq.errors import CbpqError
+from cbpq.errors import CbpqError, UsageError
 from cbpq.sections import printable
 
 app = typer.Typer(
@@ -62,6 +62,8 @@ def _root(
     Exit codes: 0 done, 1 failed, 2 usage, 3 a gate was missed, 4 a part or device is missing, 130 interrupted,
     143 ended by SIGTERM.
     """
+    if processes.are_several() and context.invoked_subcommand not in ("quantize", "evaluate"):
+        raise UsageError("only quantize and evaluate run in several processes; start one")
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -71,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows ? and goes on
             stream.reconfigure(errors="replace")
+    processes.calm()
     if not (sys.warnoptions or os.environ.get("CBPQ_DEBUG")):
         warnings.simplefilter("ignore")  # those of other packages mean nothing to who runs a command
     try:
         # standalone_mode off: errors come here instead of ending the process inside typer
         code = app(args=arguments, prog_name="cbpq", standalone_mode=False)
+        processes.finish()
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
@@ -86,11 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CBPQ_DEBUG"):
             traceback.print_exc()
-        message, code = explain(error)
-        line = printable(" ".join(message.split()))
-        stderr().print(f"{'interrupted' if code > 128 else 'error'}: {line}", markup=False, soft_wrap=True, style="red")
+        explained, code = explain(error)
+        with processes.last_word(error, explained, code) as message:
+            if message is not None:
+                line = printable(" ".join(message.split()))
+                kind = "interrupted" if code > 128 else "error"
+                stderr().print(f"{kind}: {line}", markup=False, soft_wrap=True, style="red")
         return code
-    if code == 130:
+    if code == 130 and not processes.is_launched():  # else those that were launched have said it
         stderr().print("interrupted")
     return code if isinstance(code, int) else 0
 

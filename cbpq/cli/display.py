@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cbpq.cli import processes
 from cbpq.cli.common import note, print_json, warn
 from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
 from cbpq.planning import Plan
@@ -83,11 +84,13 @@ class Display:
         return bool(self._signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        several = processes.are_several()  # one of which could not end the others at once
         if not self._signal:
             self._signal = number
+            at_once = "" if several else "; Ctrl-C again to stop at once"
             with contextlib.suppress(RuntimeError, OSError):  # in the middle of another line; nobody listens
-                note(self._console, "stopping after this step; Ctrl-C again to stop at once")
-        elif number == signal.SIGINT:
+                note(self._console, f"stopping after this step{at_once}")
+        elif number == signal.SIGINT and not several:
             raise KeyboardInterrupt
 
     def show(self, event: Event) -> None:
@@ -105,7 +108,7 @@ class Display:
         elif isinstance(event, Evaluated):
             note(self._console, f"{event.which}: {_goodness(event.result)}")
         elif isinstance(event, Resumed):
-            note(self._console, f"going on after {event.epoch} epochs and {event.step} steps")
+            note(self._console, f"going on after {event.step} steps of epoch {event.epoch}")
         elif isinstance(event, Saved):
             self._numbers["saved"] = time.strftime("%H:%M:%S")
         if self._interactive:

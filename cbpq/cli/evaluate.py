@@ -1,5 +1,6 @@
 """``cbpq evaluate``: how good a network is, and how it differs from the original."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -65,9 +66,11 @@ def command(
             raise UsageError(f"{flag} needs the original to compare with; add --against SOURCE")
     overrides = common.input_overrides(input_size, mean, std, interpolation, crop_pct)
 
+    from cbpq import distributed
     from cbpq.api import evaluate
 
-    notes = common.stderr(quiet)
+    distributed.join(os.environ)
+    notes = common.stderr(quiet or not distributed.is_main())
     with common.progress(notes, "evaluating") as bar:
         task = bar.add_task("", total=None)
         measured = evaluate(
@@ -92,9 +95,9 @@ def command(
     for text in measured.notes:
         common.note(notes, text)
     document = measured.to_dict()
-    if json:
+    if json and distributed.is_main():
         common.print_json(document)
-    else:
+    elif distributed.is_main():
         _render(common.stdout(), document)
     common.check_gates(
         result.top1,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cbpq.cli import processes
 from cbpq.cli.common import (
     CONSTRAINT,
     DATA,
@@ -175,6 +176,16 @@ def command(
     workers: Workers = 2,
     device: ChosenDevice = None,
     amp: Annotated[bool, typer.Option("--amp", help="Compute in mixed precision.", rich_help_panel=RUN)] = False,
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc-per-node",
+            metavar="N",
+            min=1,
+            help="Start N processes, each with a GPU of its own; --batch-size is that of all together. As torchrun.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     max_time: Annotated[
         float | None,
         typer.Option("--max-time", metavar="MINUTES", help="Finish training after this time.", rich_help_panel=RUN),
@@ -219,6 +230,9 @@ def command(
       cbpq quantize resnet18.pth --data folder-of-pictures/ --calibration 256 --min-agreement 90
       cbpq quantize resnet18.pth --constraint two-bit-shift
     """
+    if nproc_per_node not in (None, 1) and not dry_run and not processes.is_launched():
+        raise typer.Exit(processes.launch(nproc_per_node))
+
     from cbpq.configuration import combine
 
     flags: dict[str, Any] = {
@@ -243,14 +257,24 @@ def command(
     choices, origins, layers = combine(flags, assignments or [], os.environ, config)
     overrides = input_overrides(input_size, mean, std, interpolation, crop_pct)
 
+    from cbpq import distributed
     from cbpq.cli.display import Display, show_plan
     from cbpq.levels import level_set
-    from cbpq.outputs import claim_output
+    from cbpq.outputs import claim_output, is_finished, state_file
     from cbpq.pipeline import execute
     from cbpq.planning import check_labels_for_loss, plan
 
+    distributed.join(os.environ)
+    quiet = quiet or not distributed.is_main()
+    console = stderr(quiet)
     folder = output or default_output(source, level_set(choices["constraint"]).name)
-    if not dry_run:
+    if processes.restarts():
+        note(console, f"a process died; this is restart {processes.restarts()} of {processes.most_restarts()}")
+        if distributed.from_main(lambda: is_finished(folder) and not overwrite):
+            return
+        resume = distributed.from_main(lambda: resume or state_file(folder).exists())
+        overwrite = overwrite and not resume
+    if not dry_run and distributed.is_main():
         claim_output(folder, resume=resume, overwrite=overwrite)
     job = plan(
         source,
@@ -273,9 +297,9 @@ def command(
         **choices,
     )
     check_labels_for_gates(job.data is not None and job.data.val_labelled, min_top1=min_top1, max_drop=max_drop)
-    console = stderr(quiet)
     if dry_run:
-        show_plan(job, origins, stdout(), as_json=json)
+        if distributed.is_main():
+            show_plan(job, origins, stdout(), as_json=json)
         return
     check_labels_for_loss(job)
     for text in job.warnings:
@@ -284,9 +308,9 @@ def command(
         report = execute(
             job, folder, resume=resume, overwrite=overwrite, listener=display.show, should_stop=display.should_stop
         )
-    if json:
+    if json and distributed.is_main():
         print_json(report.to_dict())
-    else:
+    elif distributed.is_main():
         report.render(stdout())
     note(console, f"wrote {folder / 'model.safetensors'}, report.md and report.json beside it")
     quantized, original, comparison = report.quantized or {}, report.original or {}, report.comparison or {}

@@ -123,10 +123,9 @@ class CBP(Method):
             latent, grid, state, nearest = slot
             if nearest is None:
                 nearest = grid.nearest(latent)
-            multiplier, window = state["multiplier"], self.scalars["window"]
+            pull = _follow(grid, latent, nearest, self.scalars["window"], state["multiplier"], gradient)
             if self.follows_lagrangian:
-                self.scalars["penalty_sum"] += total(multiplier * grid.penalty(latent, window, nearest))
-            gradient = _followed(grid, latent, nearest, window, multiplier, gradient)
+                self.scalars["penalty_sum"] += total((latent - nearest).mul_(pull))  # cs = cs' (w − nearest)
         return gradient.clamp_(-self.gradient_clip, self.gradient_clip) if self.gradient_clip else gradient
 
     def after_step(self, slot: Slot, lr: float) -> None:
@@ -202,8 +201,8 @@ def _keep(place: Tensor, values: Tensor, least: int) -> None:
 
 
 @fused
-def _followed(
-    grid: Grid, latent: Tensor, nearest: Tensor, window: float, multiplier: Tensor, gradient: Tensor
-) -> Tensor:
-    """∂C/∂w, changed in place to ∂L/∂w."""
-    return gradient.addcmul_(multiplier, grid.slope(latent, window, nearest))
+def _follow(grid: Grid, latent: Tensor, nearest: Tensor, window: float, multiplier: Tensor, gradient: Tensor) -> Tensor:
+    """λ cs'(w), which is added to the gradient."""
+    pull = grid.slope(latent, window, nearest).mul_(multiplier)
+    gradient.add_(pull)
+    return pull
