@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cbpq import distributed, fileformat
 from cbpq.data import EvalLoader, load_data
 from cbpq.devices import describe_device, resolve_device
@@ -112,9 +114,10 @@ def evaluate(
         loaders.append(loader if same else images(second)[0])
     if on_start is not None:
         on_start(sum(distributed.largest_share(len(each)) for each in loaders))
+    autocast = torch.bfloat16 if amp else None
     predictions = []
     for loaded, batches in zip(networks, loaders, strict=True):
-        predictions.append(predict(loaded.model.to(target), batches, target, amp=amp, on_batch=on_batch))
+        predictions.append(predict(loaded.model.to(target), batches, target, autocast=autocast, on_batch=on_batch))
         loaded.model.to("cpu")  # one network at a time on the device
     return Measurement(
         source=str(source),

@@ -121,14 +121,14 @@ def evaluate(
     device: torch.device | str,
     *,
     reference: nn.Module | None = None,
-    amp: bool = False,
+    autocast: torch.dtype | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> Evaluation:
     """Measure ``model`` and, with a ``reference``, that one too and how they differ. See ``predict``."""
-    predictions = predict(model, loader, device, amp=amp, on_batch=on_batch)
+    predictions = predict(model, loader, device, autocast=autocast, on_batch=on_batch)
     if reference is None:
         return summarize(predictions)
-    return summarize(predictions, predict(reference, loader, device, amp=amp, on_batch=on_batch))
+    return summarize(predictions, predict(reference, loader, device, autocast=autocast, on_batch=on_batch))
 
 
 def predict(
@@ -136,14 +136,15 @@ def predict(
     loader: EvalLoader,
     device: torch.device | str,
     *,
-    amp: bool = False,
+    autocast: torch.dtype | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> Predictions:
     """Run ``model`` on every image once, in evaluation mode; afterwards its training flags are as before.
 
     Of several processes, each runs its batches, and all get everything.
 
-    The network has to be on ``device`` already. ``amp`` computes in bfloat16 where that is safe; ``on_batch`` is called
+    The network has to be on ``device`` already. ``autocast`` is what it computes in where that is safe, by
+    default float32; ``on_batch`` is called
     after every batch.
 
     Raises:
@@ -161,7 +162,7 @@ def predict(
         for index, batch in enumerate(dealt(loader, turn)):
             images = batch.images.to(target)
             layout = layout or image_format(model, images)
-            with torch.autocast(target.type, dtype=torch.bfloat16, enabled=amp):
+            with torch.autocast(target.type, dtype=autocast, enabled=autocast is not None):
                 output = logits(model(images.contiguous(memory_format=layout)))
             # on the CPU in float64: exact enough to sum, and the same code for devices that have no float64
             scores = output.float().cpu().double()

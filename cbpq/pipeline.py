@@ -267,7 +267,7 @@ class _Execution:
             settings=job.resolved.settings,
             layers=job.layers,
             device=job.device,
-            amp=job.amp,
+            autocast=job.autocast,
             max_seconds=self._seconds_left(),
             teacher=teacher,
             starts=self.starts or None,
@@ -380,7 +380,7 @@ class _Execution:
     def _measure(self, which: str, network: nn.Module) -> Predictions:
         val = self._data().val
         with self._phase("measuring", distributed.largest_share(len(val))):
-            predictions = predict(network, val, self.job.device, amp=self.job.amp, on_batch=self._tick)
+            predictions = predict(network, val, self.job.device, autocast=self.job.autocast, on_batch=self._tick)
         compared = None if predictions.labelled or which == "original" else self.original
         self._emit(Evaluated(which, summarize(predictions, compared).to_dict()))
         return predictions

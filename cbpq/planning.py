@@ -46,6 +46,11 @@ class Plan:
     """How pictures are synthesised where there are no data."""
     save_synthetic: Path | None = None
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the network computes in where that is safe, if not in float32."""
+        return getattr(torch, self.resolved.settings.amp_dtype) if self.amp else None
+
     def identity(self) -> dict[str, Any]:
         """What makes this run this run: two runs that agree here give the same file."""
         data = self.data
@@ -111,7 +116,8 @@ def plan(
         preset: see ``cbpq.presets.resolve``, like ``settings``.
         include: see ``cbpq.layers.choose_layers``, like the three after it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        amp: compute in bfloat16 where it is safe; latent weights, scales and multipliers stay in float32.
+        amp: compute in bfloat16 (setting ``amp_dtype``) where it is safe; latent weights, scales and multipliers stay
+            in float32.
         pack: how the file holds the codes, ``bits`` or ``dense``; see ``cbpq.save``, like ``half``.
         half: what stays float in half precision, measured so.
         max_minutes: stop training after this time; schedules then follow the clock as well as the epochs.

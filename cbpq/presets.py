@@ -143,6 +143,13 @@ class Settings:
         3.5e-5, 3.5e-5, 3.5e-5, "askewsgd: ε at the end of the budget, 1 being free", least=1e-12, most=1
     )
     # the end, and the way there
+    amp_dtype: str = _setting(
+        "bfloat16",
+        "bfloat16",
+        "bfloat16",
+        "what --amp computes in; float16, with a scaled loss, is for GPUs older than bfloat16",
+        choices=("bfloat16", "float16"),
+    )
     batchnorm_batches: int = _setting(
         0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
     )

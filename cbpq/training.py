@@ -33,6 +33,7 @@ from cbpq.presets import Settings
 from cbpq.recipe import cosine, loss_of, make_optimizer
 from cbpq.tracing import batch_norms, image_format, one_line
 
+SMALLEST_LOSS_SCALE = 2.0**-20
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
 MEASURE_EVERY = 10  # steps between measurements of CFS and Lagrangian, which pass over all weights
 
@@ -82,7 +83,7 @@ class Training:
     loader: TrainLoader
     settings: Settings
     device: torch.device
-    amp: bool = False
+    autocast: torch.dtype | None = None  # what it computes in where that is safe, if not in float32
     max_seconds: float = math.inf
     epoch: int = 0
     step: int = 0
@@ -95,6 +96,10 @@ class Training:
     layout: torch.memory_format | None = None  # of images; the first batch tells
     averaging: nn.Module | None = None  # the network as it trains in one of several processes
     _clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+
+    def __post_init__(self) -> None:
+        # float16 loses small gradients unless the loss is scaled; a scaler that is not enabled does nothing
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
 
     @property
     def progress(self) -> float:
@@ -121,6 +126,7 @@ class Run(Training):
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "constrained": self.constrained.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "position": {name: getattr(self, name) for name in _POSITION},
             **own,
             "rng_others": others,
@@ -131,6 +137,8 @@ class Run(Training):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.constrained.load_state_dict(state["constrained"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         for name, value in state["position"].items():
             setattr(self, name, value)
         random = [state, *state.get("rng_others", [])]
@@ -155,7 +163,7 @@ def prepare(
     settings: Settings,
     layers: LayerChoice,
     device: torch.device,
-    amp: bool = False,
+    autocast: torch.dtype | None = None,
     max_seconds: float = math.inf,
     teacher: nn.Module | None = None,
     starts: Mapping[str, Start] | None = None,
@@ -175,7 +183,7 @@ def prepare(
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, settings)
     constrained = bind(model, optimizer, levels, method, settings, layers, starts)
-    run = Run(model, teacher, optimizer, loader, settings, device, amp, max_seconds, constrained=constrained)
+    run = Run(model, teacher, optimizer, loader, settings, device, autocast, max_seconds, constrained=constrained)
     get_ready(run, constrained.names)
     return run
 
@@ -241,7 +249,7 @@ def take_step(run: Training, batch: Batch) -> float:
     """One optimizer step on one batch; the loss."""
     images, labels = laid_out(run, batch.images), batch.labels.to(run.device)
     run.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.amp):
+    with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
         output = forward(run, images)
         with torch.no_grad():
             target = logits(run.teacher(images)) if run.teacher is not None else None
@@ -257,8 +265,14 @@ def take_step(run: Training, batch: Batch) -> float:
             f"the loss became {value} in epoch {run.epoch + 1}, step {run.step + 1}; "
             f"lower --lr (now {run.settings.lr:g}) or run without --amp"
         )
-    loss.backward()
-    run.optimizer.step()
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scaler.is_enabled() and run.scaler.get_scale() < SMALLEST_LOSS_SCALE:
+        raise TrainingError(
+            f"gradients are not finite in float16, not even of the loss times {SMALLEST_LOSS_SCALE:.0e}; use bfloat16 "
+            "(--set amp_dtype=bfloat16), or run without --amp"
+        )
     return value
 
 

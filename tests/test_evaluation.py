@@ -313,12 +313,13 @@ def test_several_heads() -> None:
     assert evaluate(Wrapped(), random_loader(1), "cpu").to_dict(timing=False) == plain
 
 
-def test_amp_computes_in_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
     seen: list[torch.dtype] = []
     model = nn.Linear(7, 7)
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    result = evaluate(model, random_loader(1), "cpu", amp=True)
-    assert set(seen) == {torch.bfloat16}
+    result = evaluate(model, random_loader(1), "cpu", autocast=dtype)
+    assert set(seen) == {dtype}
     assert result.loss == pytest.approx(evaluate(model, random_loader(1), "cpu").loss, rel=0.02)
 
 

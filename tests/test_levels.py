@@ -200,6 +200,37 @@ def test_bits_are_those_of_search_and_look_up(name: str, scale: float, per_chann
             assert np.array_equal(grid.penalty(ours, window, nearest).numpy(), residual * slope)
 
 
+@pytest.mark.parametrize("name", ["binary", "ternary", "one-bit-shift", "two-bit-shift", "shift:10"])
+@pytest.mark.parametrize("scale", [1e-40, 1e-36, 0.7, 1.0, 1e30])
+def test_edges_against_float64(name: str, scale: float) -> None:
+    """Midpoints, window edges, denormal numbers and 1e30, with their neighbours: right, or next to an edge."""
+    levels, a = level_set(name), np.float32(scale)
+    q = np.array(levels.codes, np.float64) / levels.denominator * np.float64(a)
+    gaps, middles = np.diff(q), (q[:-1] + q[1:]) / 2
+    grid = Grid(levels, torch.tensor(a))
+    for window in (1.0, 1.5, 20.0, math.inf):
+        edges = np.concatenate([q, middles, middles - gaps / 2 / window, middles + gaps / 2 / window, [1e30, -1e30]])
+        edges = np.concatenate([edges, [0, 1e-45, -1e-45, 1e-39, -1e-39]]).astype(np.float32)
+        weight = np.stack([np.nextafter(edges, -np.float32(np.inf)), edges, np.nextafter(edges, np.float32(np.inf))])
+        exact = weight.astype(np.float64)
+        ours = torch.from_numpy(weight)
+        # a few roundings at the size of the weight and the scale, or of the smallest numbers, scaled and unscaled
+        slack = 1e-6 * np.minimum(np.abs(exact), 2 * q[-1]) + 4e-45 * (levels.denominator + np.float64(a))
+        distance = np.abs(exact[..., None] - q).min(-1)
+        snapped = grid.nearest(ours).numpy().astype(np.float64)
+        assert (np.abs(snapped[..., None] - q).min(-1) <= slack).all()  # on a level
+        assert (np.abs(exact - snapped) <= distance + slack + 1e-7 * distance).all()  # and on the nearest
+        free = (np.abs(exact[..., None] - middles) < gaps / 2 / window).any(-1)
+        margin = np.abs(np.abs(exact[..., None] - middles) - gaps / 2 / window).min(-1)
+        sure = (margin > slack) & (distance > slack) & (np.abs(exact[..., None] - middles).min(-1) > slack)
+        expected = np.where(free, 0, 2 * np.sign(exact - q[np.searchsorted(middles, exact, side="right")]))
+        assert np.array_equal(grid.slope(ours, window).numpy()[sure], expected[sure])
+        penalty = grid.penalty(ours, window).numpy()
+        wanted = np.where(free, 0, 2 * distance)
+        clear = (margin > slack) | (window == math.inf)
+        assert (np.abs(penalty - wanted)[clear] <= (2 * slack + 1e-6 * wanted)[clear]).all()
+
+
 def test_negative_zero_is_a_tie_too() -> None:
     grid = Grid(CONSTRAINTS["binary"], torch.tensor(0.7))
     assert torch.equal(grid.nearest(torch.tensor([0.0, -0.0])), torch.full((2,), 0.7))

@@ -90,7 +90,7 @@ def start(
     preset: str = "default",
     constraint: str = "ternary",
     model: nn.Module | None = None,
-    amp: bool = False,
+    autocast: torch.dtype | None = None,
     max_seconds: float = math.inf,
     **given: Any,
 ) -> Run:
@@ -104,7 +104,7 @@ def start(
         settings=resolve(preset, layers=[("the test", values)]).settings,
         layers=choose_layers(model, example_input=torch.zeros(2, CLASSES, 6, 6)),
         device=torch.device("cpu"),
-        amp=amp,
+        autocast=autocast,
         max_seconds=max_seconds,
     )
 
@@ -249,12 +249,19 @@ def test_time_limit_goes_on_after_an_interruption() -> None:
 # interruption
 
 
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_interrupted_at_any_event(preset: str, optimizer: str, amp: bool, tmp_path: Path) -> None:
+def test_interrupted_at_any_event(preset: str, optimizer: str, autocast: torch.dtype | None, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"preset": preset, "optimizer": optimizer, "constraint": "two-bit-shift"}
+
     def begin() -> Run:
-        return start(Loader(batches=3), preset=preset, optimizer=optimizer, amp=amp, constraint="two-bit-shift")
+        run = start(Loader(batches=3), autocast=autocast, **given)
+        # a loss scale that overflows at first, and grows soon after
+        run.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**22, growth_interval=2, enabled=autocast == torch.float16
+        )
+        return run
 
     def shown(event: Step | EpochEnd) -> dict[str, Any]:
         return {k: v for k, v in dataclasses.asdict(event).items() if k not in ("seconds", "images_per_second")}
@@ -266,7 +273,7 @@ def test_interrupted_at_any_event(preset: str, optimizer: str, amp: bool, tmp_pa
     settled = lasting(unbroken)
     path = tmp_path / "state.pt"
     identity = unbroken.settings.to_dict()
-    for stop in range(len(events) + 1) if not amp else (1, 4, 5):
+    for stop in range(len(events) + 1) if autocast is None else (1, 4, 5):
         run = begin()
         seen = [shown(event) for event in itertools.islice(train(run), stop)]
         save_checkpoint(path, identity, run.state_dict())
@@ -276,6 +283,7 @@ def test_interrupted_at_any_event(preset: str, optimizer: str, amp: bool, tmp_pa
         seen += [shown(event) for event in train(resumed)]
         assert seen == events
         assert same(lasting(resumed), trained)
+        assert resumed.scaler.state_dict() == unbroken.scaler.state_dict()
         assert (resumed.steps, resumed.images_seen) == (unbroken.steps, unbroken.images_seen)
         finish(resumed)
         assert same(lasting(resumed), settled)
@@ -424,12 +432,37 @@ def test_batches_too_small_for_batchnorm() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_amp_keeps_weights_in_full_precision() -> None:
-    run = start(amp=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_weights_in_full_precision(dtype: torch.dtype) -> None:
+    run = start(autocast=dtype)
+    if dtype == torch.float16:  # from where no step overflows
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     seen = steps(run)
-    assert all(tensor.dtype != torch.bfloat16 for tensor in run.model.state_dict().values())
-    assert math.isfinite(seen[-1].loss)
-    assert seen[0].loss != steps(start())[0].loss  # it did compute otherwise
+    assert all(tensor.dtype != dtype for tensor in run.model.state_dict().values())
+    for name in run.constrained.names:
+        assert run.constrained.latent(name).dtype == torch.float32
+        assert run.constrained.grid(name).scale.dtype == torch.float32
+        assert run.constrained.state(name)["multiplier"].dtype == torch.float32
+    plain = steps(start())
+    assert seen[0].loss != plain[0].loss  # it did compute otherwise
+    for ours, theirs in zip(seen, plain, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=0.05)
+
+
+def test_gradients_that_overflow_in_float16_are_left_out() -> None:
+    run = start(autocast=torch.float16)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = {name: tensor.clone() for name, tensor in run.model.named_parameters()}
+    next(iter(train(run)))
+    assert run.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.named_parameters())
+
+
+def test_gradients_that_are_never_finite_end_the_run() -> None:
+    run = start(Loader(batches=40), autocast=torch.float16)
+    run.model.get_parameter("head.weight").register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"not finite in float16, .*--set amp_dtype=bfloat16"):
+        steps(run)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -169,7 +169,7 @@ def one_run(name: str, job: Plan, levels: Levels, own: dict[str, Any], parq: Mod
         raise UsageError("PARQ comes to its levels by training: give --data, and --epochs of at least 1")
     network = job.loaded.model.to(job.device)
     teacher = copy.deepcopy(network).eval().requires_grad_(False)
-    original = predict(teacher, data.val, job.device, amp=job.amp)
+    original = predict(teacher, data.val, job.device, autocast=job.autocast)
     if own["start"] == "compensated":
         start_compensated(job, data, network, teacher)
     run = prepared(job, data, network, teacher, levels, own, parq)
@@ -182,7 +182,7 @@ def one_run(name: str, job: Plan, levels: Levels, own: dict[str, Any], parq: Mod
         print(f"{name}: epoch {run.epoch} of {settings.epochs}, loss {loss:.4f}", file=sys.stderr)
     peak = memory.bytes()
     settle(run)
-    final = predict(network, data.val, job.device, amp=job.amp)
+    final = predict(network, data.val, job.device, autocast=job.autocast)
     count = most_levels(network, job.layers.constrained)
     if count > levels.count:
         print(
@@ -244,7 +244,9 @@ def prepared(
         quant_period=QUANT_PERIOD,
         quant_per_channel=True,
     )
-    run = Training(network, teacher if settings.distillation else None, outer, loader, settings, job.device, job.amp)
+    run = Training(
+        network, teacher if settings.distillation else None, outer, loader, settings, job.device, job.autocast
+    )
     get_ready(run, job.layers.constrained)
     return run
 
