@@ -636,3 +636,25 @@ def test_networks_that_cannot_be_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CbpqError, match="not finite"):
         hardware_report(huge, constrained(huge), TINY, out)
     assert not out.exists()
+
+
+def test_pictures_of_some_of_the_classes(tmp_path: Path) -> None:
+    file = write_digits(tmp_path)
+    for name in ("three", "seven"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("L", (8, 8), 40 * number).save(tmp_path / "photos" / name / f"{number}.png")
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
+    asked = ("export", file, "--hardware-report", tmp_path / "report")
+    photos = ("--data", tmp_path / "photos")
+    refused(command(*asked, *photos), 1, "2 class folders", "10 classes", "--class-map")
+    refused(command(*asked, "--class-map", tmp_path / "classes.txt"), 2, "--class-map", "--data")
+    assert not (tmp_path / "report").exists()
+    outcome = command(*asked, *photos, "--class-map", tmp_path / "classes.txt")
+    assert outcome.code == 0, outcome.err
+    assert {path.name for path in (tmp_path / "report").iterdir()} == FILES
+    refused(
+        command("export", file, "--format", "c", *photos, "--activations", "int8", "-o", tmp_path / "c"),
+        *(1, "2 class folders", "--class-map"),
+    )

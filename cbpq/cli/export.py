@@ -85,6 +85,7 @@ def command(
             rich_help_panel=common.DATA,
         ),
     ] = None,
+    class_map: common.ClassMap = None,
     hardware_report: Annotated[
         Path | None,
         typer.Option(
@@ -123,7 +124,9 @@ def command(
         "pack": pack,
         "half": half or None,
     }
-    wanted = _wanted(output, hardware_report, options, data)
+    if class_map is not None and data is None:
+        raise UsageError("--class-map says which classes --data has; give both, or leave it out")
+    wanted = _wanted(output, hardware_report, options, {"data": data, "class_map": class_map})
     for name, (out, given) in wanted.items():
         check_request(name, out, overwrite=overwrite, **given)
     measured = half and data is not None and "cbpq" in wanted
@@ -140,7 +143,7 @@ def command(
     for name, (out, given) in wanted.items():
         with common.stderr().status(Text(sections.printable(f"{name}: {out}"))):
             results.append(export(file, name, out, model=model, spec=spec, overwrite=overwrite, **given))
-    cost = _cost(wanted["cbpq"][0], file, data, arch) if measured and data is not None else None
+    cost = _cost(wanted["cbpq"][0], file, data, arch, class_map) if measured and data is not None else None
     if json:
         documents = [result.to_dict() for result in results]
         documents[-1] |= {"measured": cost.to_dict()} if cost else {}
@@ -158,7 +161,7 @@ def command(
 
 
 def _wanted(
-    output: Path | None, report: Path | None, options: dict[str, Any], data: str | None
+    output: Path | None, report: Path | None, options: dict[str, Any], pictures: dict[str, Any]
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """By format: where to, and its options. The report comes first, since it is the one that data can keep from being.
 
@@ -169,7 +172,7 @@ def _wanted(
     if output is None and report is None:
         raise UsageError("nothing to write: name a file with --output, or a folder with --hardware-report")
     if report is not None:
-        wanted["hardware-report"] = report, {"data": data}
+        wanted["hardware-report"] = report, pictures
     if output is None:
         if unused := [name for name, value in options.items() if value is not None]:
             flag = f"--{unused[0].replace('_', '-')}"
@@ -186,7 +189,7 @@ def _wanted(
     calibrates = report is None or options["activations"] == "int8"
     if chosen == "cbpq" and options["half"]:
         calibrates = False  # they measure what was written
-    wanted[chosen] = output, {**options, "data": data if calibrates else None}
+    wanted[chosen] = output, {**options, **(pictures if calibrates else {})}
     return wanted
 
 
@@ -203,7 +206,7 @@ def _show(result: "Exported") -> None:
         common.note(common.stderr(), text)
 
 
-def _cost(output: Path, file: Path, data: str, arch: str | None) -> "Measurement":
+def _cost(output: Path, file: Path, data: str, arch: str | None, class_map: Path | None) -> "Measurement":
     """The written network beside the one it was made from."""
     from cbpq.api import evaluate
 
@@ -214,6 +217,7 @@ def _cost(output: Path, file: Path, data: str, arch: str | None) -> "Measurement
             data,
             against=file,
             arch=arch,
+            class_map=class_map,
             on_start=lambda batches: bar.update(task, total=batches),
             on_batch=lambda: bar.advance(task),
         )

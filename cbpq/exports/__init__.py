@@ -135,7 +135,7 @@ FORMATS: Mapping[str, Format] = {
         function="cbpq.exports.c:export_c",
         files=("network.h", "network.c", "main.c", "golden.h"),
         needs_network=True,
-        options=("check", "activations", "data"),
+        options=("check", "activations", "data", "class_map"),
     ),
     "coreml": Format(
         summary="a Core ML package for Apple's systems, whose constrained weights are indices into palettes of levels",
@@ -152,7 +152,7 @@ FORMATS: Mapping[str, Format] = {
         function="cbpq.exports.hardware:hardware_report",
         files=("hardware.json", "hardware.md", "histogram.png", "golden.npz"),
         needs_network=True,
-        options=("data",),
+        options=("data", "class_map"),
     ),
     "cbpq": Format(
         summary="a cbpq file again, with its codes packed densely or its floats in half precision",

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import cbpq
 from cbpq import fileformat
+from cbpq.errors import CbpqError
 from cbpq.inputs import InputSpec
 from examples.deploy.consumers import CONSUMERS, NETWORK
 from examples.deploy.formats import FORMATS, Format
@@ -243,4 +244,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CbpqError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None

@@ -30,7 +30,7 @@ from cbpq.atomic import atomic_write_folder
 from cbpq.errors import UsageError, did_you_mean
 from cbpq.exports import Exported
 from cbpq.exports.c import text
-from cbpq.exports.c.calibration import accuracy, agreement, pictures, ranges
+from cbpq.exports.c.calibration import ranges
 from cbpq.exports.c.compiler import FLAGS, compile_and_run, find_compiler, version
 from cbpq.exports.c.floats import FloatArithmetic
 from cbpq.exports.c.golden import TOLERANCE, Golden, golden, golden_header, says
@@ -40,6 +40,7 @@ from cbpq.exports.c.lowering import exported_program, lower
 from cbpq.exports.c.operations import Layer, Network
 from cbpq.exports.c.reference import scores
 from cbpq.exports.c.source import SourceWriter, Written
+from cbpq.exports.sample import accuracy, agreement, pictures
 from cbpq.exports.translation import check_weights
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
@@ -56,6 +57,7 @@ def export_c(
     check: bool = True,
     activations: str = "float",
     data: str | None = None,
+    class_map: Path | None = None,
 ) -> Exported:
     """Write ``model`` as C to the folder ``out``, after the check that this package's text describes.
 
@@ -68,6 +70,7 @@ def export_c(
         activations: ``float``, or ``int8`` for integers everywhere.
         data: pictures that tell how large activations become, as ``cbpq.data.load_data`` takes them; labels are only
             used to measure with. Without them, pictures are made of the network.
+        class_map: as ``cbpq.data.load_data`` takes it.
 
     Raises:
         UsageError: unknown activations, or ``data`` that nothing is needed of.
@@ -77,7 +80,7 @@ def export_c(
     if activations not in ACTIVATIONS:
         known = " or ".join(ACTIVATIONS)
         raise UsageError(f"unknown activations {activations!r}{did_you_mean(activations, ACTIVATIONS)}; give {known}")
-    if data is not None and activations == "float":
+    if (data is not None or class_map is not None) and activations == "float":
         raise UsageError("float activations need no pictures; leave the data out, or export with int8 activations")
     network = copy.deepcopy(model).cpu().eval()
     check_weights(network, file)
@@ -87,7 +90,7 @@ def export_c(
     if activations == "float":
         made = _floats(lowered, expected, spec)
     else:
-        made = _integers(lowered, expected, spec, program, network, data)
+        made = _integers(lowered, expected, spec, program, network, (data, class_map))
     facts, notes = {"activations": activations, **_facts(lowered, made.written, expected), **made.facts}, [*made.notes]
     notes += _unused(lowered, file)
     compiler = find_compiler() if check else None
@@ -127,10 +130,11 @@ def _integers(
     spec: InputSpec,
     program: "torch.export.ExportedProgram",
     model: nn.Module,
-    data: str | None,
+    source: tuple[str | None, Path | None],
 ) -> _Made:
     classes = expected.logits.shape[1]
-    chosen = pictures(data, model, spec, classes)
+    data, class_map = source
+    chosen = pictures(data, model, spec, classes, class_map)
     arithmetic = Int8Arithmetic(network, ranges(program, chosen.calibration, spec), spec)
     written = SourceWriter(network, arithmetic).write(spec)
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from cbpq.atomic import atomic_write_folder
 from cbpq.errors import MissingPartError
 from cbpq.exports import Exported
-from cbpq.exports.c.calibration import agreement, pictures
 from cbpq.exports.hardware.energy import energy
 from cbpq.exports.hardware.golden import golden
 from cbpq.exports.hardware.histogram import histogram
@@ -32,6 +31,7 @@ from cbpq.exports.hardware.ranges import observed
 from cbpq.exports.hardware.report import HardwareLayer, HardwareReport, PowerEffect
 from cbpq.exports.hardware.scales import on_powers
 from cbpq.exports.hardware.tables import markdown
+from cbpq.exports.sample import agreement, pictures
 from cbpq.exports.translation import check_weights
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
@@ -42,7 +42,13 @@ _BATCH = 32  # pictures at a time
 
 
 def hardware_report(
-    model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, *, data: str | None = None
+    model: nn.Module,
+    file: CbpqFile,
+    spec: InputSpec,
+    out: Path,
+    *,
+    data: str | None = None,
+    class_map: Path | None = None,
 ) -> Exported:
     """Write the report of ``model`` to the folder ``out``.
 
@@ -53,6 +59,7 @@ def hardware_report(
         out: the folder; one that is there is replaced.
         data: pictures that tell how large activations become, as ``cbpq.data.load_data`` takes them. Without them,
             pictures are made of the network.
+        class_map: as ``cbpq.data.load_data`` takes it.
 
     Raises:
         CbpqError: ``model`` does not hold the weights of ``file``, cannot be run or gives no finite logits, the
@@ -61,7 +68,7 @@ def hardware_report(
     network = copy.deepcopy(model).cpu().eval()
     check_weights(network, file)
     found = traced(network, file, spec)
-    chosen = pictures(data, network, spec, found.classes)
+    chosen = pictures(data, network, spec, found.classes, class_map)
     batches = [Normalize(spec)(part) for part in chosen.calibration.split(_BATCH)]
     ranges, scores = observed(network, found.layers, batches)
     layers = tuple(HardwareLayer.of(layer, ranges[layer.weight]) for layer in found.layers)
