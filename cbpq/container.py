@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 MAX_HEADER = 2**24
 MAX_DIMENSIONS = 8
+MOST_NESTED = 100  # objects and lists in one another; what recurses over metadata can rely on it
 DTYPES = {"BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64"}
 DTYPES |= {f"{kind[0].upper()}{size}": f"{kind}{size}" for kind in ("int", "uint") for size in (8, 16, 32, 64)}
 _DAMAGED = "the file is damaged: copy it again, or make it anew with `cbpq quantize`"
@@ -113,8 +114,16 @@ def dump(value: object) -> str:
     return text
 
 
+def _check_nesting(value: dict[str, Any] | list[Any], most: int) -> None:
+    if not most:
+        raise ValueError(f"it is nested more than {MOST_NESTED} deep")
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, dict | list):
+            _check_nesting(item, most - 1)
+
+
 def parse(text: object, what: str, advice: str = _DAMAGED) -> dict[str, Any]:
-    """One JSON object, no key twice, nothing in it that `dump` would refuse."""
+    """One JSON object, no key twice, nothing in it that `dump` would refuse, nor deeper than MOST_NESTED."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(keys := dict(pairs)) < len(pairs):
@@ -125,6 +134,7 @@ def parse(text: object, what: str, advice: str = _DAMAGED) -> dict[str, Any]:
         if not isinstance(text, str) or not text.startswith("{"):
             raise ValueError("it must be an object")
         parsed: dict[str, Any] = json.loads(text, object_pairs_hook=unique)
+        _check_nesting(parsed, MOST_NESTED)
         dump(parsed)  # 1e999 is infinite only after parsing
     except (ValueError, RecursionError) as error:
         raise Flaw(f"{what} is not valid JSON ({error})", advice) from error

@@ -18,7 +18,7 @@ from torch import nn
 import cbpq
 from cbpq.cli import common, doctor, explain, main
 from cbpq.devices import resolve_device
-from cbpq.errors import DataError, GateError, MissingPartError, UsageError
+from cbpq.errors import CbpqError, DataError, GateError, MissingPartError, UsageError
 from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
 from cbpq.inputs import InputSpec
 from cbpq.models import SourceInfo, load_model
@@ -519,6 +519,17 @@ def test_a_bug_is_one_line_unless_debugging(run: Callable[..., RUN], monkeypatch
     code, _, err = run("inspect", "model.safetensors")
     assert code == 1
     assert "Traceback" in err
+
+
+def test_a_message_that_is_far_too_long_keeps_its_ends(
+    run: Callable[..., RUN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise CbpqError(f"no such network: {'x' * 5000}; install a version that has it")
+
+    monkeypatch.setattr("cbpq.inspection.inspect_file", refuse)
+    line = failure(run("inspect", "model.safetensors"), 1, "no such network: xxx", "x … x", "a version that has it")
+    assert len(line) < 1600
 
 
 def test_an_interruption_exits_130(run: Callable[..., RUN], monkeypatch: pytest.MonkeyPatch) -> None:

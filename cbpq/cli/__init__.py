@@ -35,6 +35,7 @@ app.command("models")(models.command)
 app.command("doctor")(doctor.command)
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_MOST_SAID = 1500  # characters of an error: a file may hold names of any length
 _ADVICE = {
     errno.ENOSPC: "free some space or write elsewhere",
     errno.EDQUOT: "free some space or write elsewhere",
@@ -93,13 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explained, code = explain(error)
         with processes.last_word(error, explained, code) as message:
             if message is not None:
-                line = printable(" ".join(message.split()))
+                line = printable(_brief(" ".join(message.split())))
                 kind = "interrupted" if code > 128 else "error"
                 stderr().print(f"{kind}: {line}", markup=False, soft_wrap=True, style="red")
         return code
     if code == 130 and not processes.is_launched():  # else those that were launched have said it
         stderr().print("interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _brief(line: str) -> str:
+    """A line without its middle if it is far too long: what is wrong comes first, and what to do about it last."""
+    return line if len(line) <= _MOST_SAID else f"{line[: _MOST_SAID - 300]} … {line[-300:]}"
 
 
 def explain(error: BaseException) -> tuple[str, int]:
