@@ -65,6 +65,7 @@ def check(measured: dict[str, Any], file: Path) -> None:
     assert differences["--format state-dict"] == 0
 
 
+@pytest.mark.slow  # every export in its consumer
 @needs_gcc
 def test_the_table_of_the_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -147,7 +147,7 @@ def run(
 # The trajectory
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "source, preset, changes",
     [
@@ -293,7 +293,7 @@ def plain_loop(rank: int, count: int) -> list[Tensor]:
     return [tensor.detach() for tensor in kept]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_loop_of_ones_own(count: int) -> None:
     alone = plain_loop(0, 1)
     first, *others = in_processes(count, plain_loop, count)
