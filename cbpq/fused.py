@@ -49,15 +49,19 @@ def _compile(
 ) -> Callable[..., Any] | None:
     """The compiled function, if there is one that makes of copies of these arguments what the plain one does."""
     ways: list[Callable[..., Any]] = [function]
-    logging.disable(logging.WARNING)  # what the compiler says of itself is no news of the run
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))  # what the compiler says of itself is no news of the run
     try:
         ways.append(torch.compile(function, dynamic=True))
-        plain, compiled = (way(grid, weight.clone(), *_tensors(others, weight, copied=True)) for way in ways)
+        seen = []
+        for way in ways:
+            given = [weight.clone(), *_tensors(others, weight, copied=True)]
+            seen.append([*_all(way(grid, *given)), *given])  # what it gives, and what it changes
     except Exception:  # whatever a compiler raises only means: not here
         return None
     finally:
-        logging.disable(logging.NOTSET)
-    return ways[1] if all(map(torch.equal, _all(plain), _all(compiled))) else None
+        logging.disable(disabled)
+    return ways[1] if all(map(torch.equal, *seen)) else None
 
 
 def _tensors(others: tuple[Any, ...], weight: Tensor, copied: bool = False) -> list[Any]:

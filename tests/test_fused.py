@@ -61,9 +61,21 @@ def broken(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this machine has no compiler")
 
 
+def changing_more(function: Any, dynamic: bool) -> Any:
+    """The right result, but an argument ends up changed otherwise: what is given back is no longer the same tensor."""
+
+    def program(grid: Grid, weight: Tensor, factor: Any, others: Tensor) -> Any:
+        result = tuple(tensor.clone() for tensor in function(grid, weight, factor, others))
+        others.add_(1e-7)
+        return result
+
+    return program
+
+
 @pytest.mark.parametrize(
     "compiler",
     [
+        changing_more,
         broken,
         lambda *_, **__: broken,
         compilers(lambda result: (result[0] + 1e-7, result[1])),
@@ -80,7 +92,9 @@ def test_the_plain_way_where_there_is_no_other(compiler: Any, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", noted)
     function, _ = counted()
     for _ in range(6):
-        assert torch.equal(function(GRID, WEIGHT, 2.0, WEIGHT.clone())[0], 3 * WEIGHT)
+        others = WEIGHT.clone()
+        assert torch.equal(function(GRID, WEIGHT, 2.0, others)[0], 3 * WEIGHT)
+        assert torch.equal(others, 3 * WEIGHT)
     assert len(tried) == 1
 
 
