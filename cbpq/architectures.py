@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cbpq.errors import SourceError, UsageError, did_you_mean
+from cbpq.errors import SourceError, UsageError, brief, did_you_mean
 from cbpq.lazy import Lazy
-from cbpq.tracing import one_line
 
 timm, torchvision = Lazy("timm"), Lazy("torchvision")
 
@@ -119,7 +118,7 @@ def build(architecture: Architecture, arguments: Mapping[str, Any], *, meta: boo
             model = constructor(**options)
         except Exception as error:  # foreign code: any exception is possible
             shown = json.dumps(dict(arguments), default=str)
-            raise SourceError(f"{architecture} cannot be built with arguments {shown}: {one_line(error)}") from error
+            raise SourceError(f"{architecture} cannot be built with arguments {shown}: {brief(error)}") from error
     return _finished(architecture, model)
 
 
@@ -183,11 +182,11 @@ def imported(path: str) -> Callable[..., Any]:
             found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"cannot import {module_name!r} for {path!r}: {one_line(error)}; run from the folder that contains it, "
+            f"cannot import {module_name!r} for {path!r}: {brief(error)}; run from the folder that contains it, "
             "or install its package"
         ) from error
     except Exception as error:  # the user's module runs here
-        raise SourceError(f"importing {module_name!r} fails: {type(error).__name__}: {one_line(error)}") from error
+        raise SourceError(f"importing {module_name!r} fails: {type(error).__name__}: {brief(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UsageError(f"{module_name!r} has no {part!r}{did_you_mean(part, dir(found))}")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbpq.errors import DataError
-from cbpq.pictures import ArrayPictures, brief, no_labels, one_line
+from cbpq.errors import DataError, brief, one_line
+from cbpq.pictures import ArrayPictures, no_labels
 
 _MOST_EXPANSION = 1032  # of deflate: more than this many bytes never come out of one (zlib's technical notes)
 _LONGEST_HEADER = 2**16

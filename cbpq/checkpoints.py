@@ -21,8 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cbpq.errors import SourceError, UsageError, did_you_mean
-from cbpq.tracing import one_line
+from cbpq.errors import SourceError, UsageError, brief, did_you_mean
 
 # Where savers put the network, most telling first; the moving average only where nothing else is.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "network", "state_dict_ema", "model_ema")
@@ -137,7 +136,7 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
             header = file.metadata() or {}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except Exception as error:  # safetensors raises its own error, but also ValueError, KeyError and torch's
-        raise SourceError(f"{path} is no intact safetensors file ({one_line(error)}); copy it again") from error
+        raise SourceError(f"{path} is no intact safetensors file ({brief(error)}); copy it again") from error
     if not content:
         raise SourceError(f"{path} is a safetensors file without any tensor")
     metadata: dict[str, Any] = {}
@@ -283,7 +282,7 @@ def load_strictly(
     try:
         model.load_state_dict(complete, assign=assign)
     except Exception as error:  # a network may override loading
-        raise SourceError(f"{what} do not fit together: {one_line(error)}; {remedy}") from error
+        raise SourceError(f"{what} do not fit together: {brief(error)}; {remedy}") from error
 
 
 def content_sha256(state: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbpq.errors import DataError, UsageError
+from cbpq.errors import DataError, UsageError, one_line
 from cbpq.inputs import InputSpec
 from cbpq.loaders import (
     Batch,
@@ -22,7 +22,7 @@ from cbpq.loaders import (
     TrainBatches,
     TrainLoader,
 )
-from cbpq.pictures import ArrayPictures, are_grey, no_labels, one_line
+from cbpq.pictures import ArrayPictures, are_grey, no_labels
 from cbpq.readers import VAL_SPLITS, Reader, is_reader
 from cbpq.splits import (
     CALIBRATION,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from cbpq.errors import CbpqError, UsageError
+from cbpq.errors import CbpqError, UsageError, brief
 
 T = TypeVar("T")
 
@@ -130,9 +130,7 @@ def join(environment: Mapping[str, str]) -> None:
         talk = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpus else dist.group.WORLD
     except (RuntimeError, ValueError) as error:  # what it raises where a host or port is wrong
         where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        raise ContactError(
-            f"process {numbers['RANK']} cannot reach the others at {where} ({str(error).splitlines()[0][:200]})"
-        ) from error
+        raise ContactError(f"process {numbers['RANK']} cannot reach the others at {where} ({brief(error)})") from error
     _group = _Group(Turn(numbers["RANK"], numbers["WORLD_SIZE"]), numbers["LOCAL_RANK"], store, talk)
 
 

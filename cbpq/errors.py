@@ -9,6 +9,8 @@ import logging
 from collections.abc import Iterable
 from types import ModuleType
 
+LONGEST_FOREIGN = 300  # characters of what another library says
+
 
 class CbpqError(Exception):
     """Anything cbpq refuses to do or could not do. The message is one line meant for the user."""
@@ -48,6 +50,17 @@ class MissingPartError(CbpqError):
     """An optional package or a device that this machine does not have."""
 
     exit_code = 4
+
+
+def one_line(text: object) -> str:
+    """Text for a message: without line breaks, and without the stray bytes that a file name may hold."""
+    return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
+
+
+def brief(error: BaseException) -> str:
+    """What an exception of another library says, on one line, the beginning of it if it is long."""
+    text = one_line(error) or type(error).__name__
+    return text if len(text) <= LONGEST_FOREIGN else text[:LONGEST_FOREIGN] + "…"
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:

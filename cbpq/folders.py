@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cbpq.errors import DataError, UsageError
-from cbpq.pictures import FolderPictures, brief, no_labels, one_line
+from cbpq.errors import DataError, UsageError, brief, one_line
+from cbpq.pictures import FolderPictures, no_labels
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "test")

@@ -12,13 +12,13 @@ from torch import nn
 
 from cbpq.architectures import Architecture, accepts, build, imported, is_timm
 from cbpq.checkpoints import check_fit, content_sha256, load_strictly, read_weights
-from cbpq.errors import SourceError, UsageError
+from cbpq.errors import SourceError, UsageError, brief
 from cbpq.identification import Fit, fit, identify, image_size
 from cbpq.inputs import InputSpec, override_fields
 from cbpq.lazy import Lazy
 from cbpq.published import timm_input, torchvision_entry, torchvision_input
 from cbpq.sources import LoadedModel, SourceInfo, logits
-from cbpq.tracing import one_line, untouched
+from cbpq.tracing import untouched
 
 timm = Lazy("timm")
 
@@ -135,7 +135,7 @@ def count_classes(architecture: Architecture, arguments: Mapping[str, Any], mode
         except (SourceError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a foreign forward pass
-            failure = one_line(error)
+            failure = brief(error)
             continue
         if scores.dim() != 2 or scores.shape[0] != 1:
             raise SourceError(
@@ -261,7 +261,7 @@ def _quiet_hub() -> Iterator[None]:
 
 def _not_fetched(source: str, error: Exception) -> str:
     return (
-        f"the weights of {source} could not be fetched ({type(error).__name__}: {one_line(error)}); check the "
+        f"the weights of {source} could not be fetched ({type(error).__name__}: {brief(error)}); check the "
         "connection, or fetch the file by other means and give it with --weights"
     )
 
@@ -271,6 +271,6 @@ def _json(arguments: Mapping[str, Any], what: str) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(dict(arguments), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise SourceError(
-            f"the arguments of {what} are not plain data ({one_line(error)}), so no file can keep them"
+            f"the arguments of {what} are not plain data ({brief(error)}), so no file can keep them"
         ) from error
     return plain

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from cbpq.errors import DataError
+from cbpq.errors import DataError, brief, one_line
 
 GREY_MODES = ("1", "L", "LA", "La")
 NO_LABEL = -1  # stands where a picture has no label; a set of pictures has labels throughout or not at all
@@ -190,13 +190,3 @@ def find_unreadable(pictures: Pictures, indices: NDArray[np.int64], threads: int
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         return np.fromiter(pool.map(fails, indices.tolist()), dtype=np.bool_, count=len(indices))
-
-
-def brief(error: BaseException) -> str:
-    """What an exception of another library says, on one line."""
-    return one_line(str(error) or type(error).__name__)[:200]
-
-
-def one_line(text: object) -> str:
-    """Text for a message: without line breaks, and without the stray bytes that a file name may hold."""
-    return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())

@@ -9,8 +9,7 @@ import contextlib
 import copy
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,26 @@ from torch import Tensor, nn
 
 from cbpq import distributed, stages
 from cbpq.agreement import check_same_plan, check_same_weights
-from cbpq.atomic import atomic_write, remove_leftovers, writing
+from cbpq.atomic import atomic_write, remove_leftovers
 from cbpq.checkpoint import load_checkpoint, save_checkpoint, understood
 from cbpq.compensation import Rounding, Start, round_network
 from cbpq.data import Data, synthetic_data
 from cbpq.devices import PeakMemory
 from cbpq.errors import DataError, TrainingError, UsageError
 from cbpq.evaluation import Predictions, predict, summarize
-from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved, Tick
+from cbpq.events import Evaluated, Event, Interrupted, Phase, Resumed, Saved
+from cbpq.journal import Journal
 from cbpq.loaders import deaths_explained
 from cbpq.model_file import halve, save
 from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
-from cbpq.report import Report, Stage, plain
+from cbpq.report import Report, Stage
+from cbpq.settling import finish, settling_batches, share_statistics
 from cbpq.summary import HALVED, build_report, metric_facts, run_facts, settings_toml, stage_row
 from cbpq.synthesis import save_pictures, steps_in_all, synthesize
-from cbpq.training import EpochEnd, Run, Step, finish, prepare, settling_batches, share_statistics, train
+from cbpq.training import EpochEnd, Run, prepare, train
 
 SYNTHESIS = "synthesis"
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = "nearest rounding", "compensated rounding", "reconstruction", "training"
@@ -119,10 +120,9 @@ class _Execution:
         should_stop: Callable[[], bool],
     ) -> None:
         self.job, self.output, self.resume = job, output, resume
-        self.listener, self.should_stop = listener, should_stop
+        self.should_stop = should_stop
         self.work, self.state_path = working_folder(output), state_file(output)
-        self.log: list[str] = []  # lines of events.jsonl; part of the checkpoint, so that no event comes twice
-        self.seconds: dict[str, float] = {}
+        self.journal = Journal(self.work / "events.jsonl", listener, should_stop)
         self.measured = 0  # the last epoch after which the network was measured
         self.data = job.data  # or made of synthesised pictures
         self.pictures: Tensor | None = None  # those
@@ -139,7 +139,7 @@ class _Execution:
         if state:
             with understood(self.state_path):
                 self._take_back(state, network)
-        self._start_log()
+        self.journal.start()
         self._get_pictures(teacher)
         if self.original is None:
             self.original = self._measure("original", teacher)
@@ -150,7 +150,7 @@ class _Execution:
         if state and state["run"] is not None:
             with understood(self.state_path):
                 run.load_state_dict(state["run"])
-            self._emit(Resumed(run.epoch + 1, run.step))
+            self.journal.emit(Resumed(run.epoch + 1, run.step))
         else:
             self._save(network, run)
         self._train(run)
@@ -161,8 +161,8 @@ class _Execution:
         return load_checkpoint(self.state_path, self.job.identity()) if self.state_path.exists() else None
 
     def _take_back(self, state: Mapping[str, Any], network: nn.Module) -> None:
-        self.log = list(state["log"])
-        self.seconds, self.measured = dict(state["seconds"]), state["measured"]
+        self.journal.lines, self.journal.seconds = list(state["log"]), dict(state["seconds"])
+        self.measured = state["measured"]
         self.original = Predictions.from_state(state["original"]) if state["original"] else None
         self.pictures = state["pictures"]
         self.stages = [Stage(**values) for values in state["stages"]]
@@ -177,9 +177,15 @@ class _Execution:
         job, settings = self.job, self.job.resolved.settings
         spec, classes = job.loaded.info.input_spec, job.loaded.num_classes
         if self.pictures is None:
-            with self._phase(SYNTHESIS, steps_in_all(teacher, job.synthesis)):
+            with self.journal.phase(SYNTHESIS, steps_in_all(teacher, job.synthesis)):
                 self.pictures = synthesize(
-                    teacher, spec, classes, job.synthesis, seed=settings.seed, device=job.device, on_step=self._tick
+                    teacher,
+                    spec,
+                    classes,
+                    job.synthesis,
+                    seed=settings.seed,
+                    device=job.device,
+                    on_step=self.journal.tick,
                 )
             distributed.take_from_main([self.pictures])
             if job.save_synthetic is not None and distributed.is_main():
@@ -209,12 +215,14 @@ class _Execution:
         def compensated() -> dict[str, Start]:
             network.load_state_dict(teacher.state_dict())
             images = stages.calibration_images(data, job.device)
-            return round_network(network, teacher, names, rounding("compensated"), images, self._tick, job.layers.after)
+            return round_network(
+                network, teacher, names, rounding("compensated"), images, self.journal.tick, job.layers.after
+            )
 
         def reconstructed() -> dict[str, Start]:
             images = stages.augmented_images(data, settings, job.device)
             plan = Reconstruction(job.levels, job.method, settings, self._seconds_left() / 2)
-            return reconstruct(network, teacher, self.starts, plan, images, self._tick)
+            return reconstruct(network, teacher, self.starts, plan, images, self.journal.tick)
 
         if NEAREST not in done:
             self._stage(NEAREST, 0, network, nearest)
@@ -230,13 +238,13 @@ class _Execution:
 
     def _stage(self, name: str, steps: int, network: nn.Module, work: Callable[[], dict[str, Start]]) -> None:
         memory = PeakMemory(self.job.device)
-        with self._phase(name, steps):
+        with self.journal.phase(name, steps):
             self.starts = work()
             own = [tensor for start in self.starts.values() for tensor in (start.latent, start.scale)]
             distributed.take_from_main([*network.state_dict().values(), *own])
         peak = memory.bytes()
         predictions = self._measure(name, network) if self.job.resolved.settings.evaluate_every else None
-        self.stages.append(stage_row(name, predictions, self._original(), self.seconds[name], peak))
+        self.stages.append(stage_row(name, predictions, self._original(), self.journal.seconds[name], peak))
         self._save(network)
 
     def _seconds_left(self) -> float:
@@ -244,7 +252,7 @@ class _Execution:
         minutes = self.job.max_minutes
         if minutes is None:
             return math.inf
-        spent = sum(self.seconds.get(name, 0.0) for name in (SYNTHESIS, *STAGES))
+        spent = sum(self.journal.seconds.get(name, 0.0) for name in (SYNTHESIS, *STAGES))
         return distributed.from_main(lambda: max(60 * minutes - spent, 1.0))
 
     def _data(self) -> Data:
@@ -280,10 +288,10 @@ class _Execution:
         training = Phase(TRAINED, settings.epochs * len(run.loader))
         self._measure_epoch(run)  # what was interrupted before it could
         if settings.epochs:
-            self._emit(training)
+            self.journal.emit(training)
         try:
             for event in train(run):
-                self._emit(event)
+                self.journal.emit(event)
                 stop = distributed.any_of(self.should_stop())
                 if stop or isinstance(event, EpochEnd) or run.seconds - saved_at >= 60 * settings.checkpoint_minutes:
                     self._save(run.model, run)
@@ -291,12 +299,12 @@ class _Execution:
                 if stop:
                     raise Interrupted(f"stopped in epoch {run.epoch + 1}; everything is saved, go on with --resume")
                 if self._measure_epoch(run):
-                    self._emit(training)
+                    self.journal.emit(training)
         except DataError:  # between two steps: pictures that vanished, say, may be back for --resume
             if distributed.world_size() == 1:  # else the others are in the middle of a step
                 self._save(run.model, run)
             raise
-        self.seconds[TRAINED] = run.seconds
+        self.journal.seconds[TRAINED] = run.seconds
         self.training_memory = memory.bytes()
 
     def _measure_epoch(self, run: Run) -> bool:
@@ -312,13 +320,13 @@ class _Execution:
 
     def _conclude(self, run: Run, teacher: nn.Module) -> Report:
         """Settle, measure, write everything into the working folder, and only then put it in its place."""
-        with self._phase("settling the weights", settling_batches(run)):
-            finish(run, self._tick)
+        with self.journal.phase("settling the weights", settling_batches(run)):
+            finish(run, self.journal.tick)
         check_same_weights(run)
         half = self.job.choices["half"]
         final = self._measure(f"before {HALVED}" if half else "quantized", run.model)
         if run.steps:
-            row = stage_row(TRAINED, final, self._original(), self.seconds[TRAINED], self.training_memory)
+            row = stage_row(TRAINED, final, self._original(), self.journal.seconds[TRAINED], self.training_memory)
             self.stages.append(row)
         if half:
             final = self._halve(run, final)
@@ -326,7 +334,7 @@ class _Execution:
 
     def _write(self, run: Run, teacher: nn.Module, final: Predictions) -> Report:
         job, original = self.job, self._original()
-        with self._phase("measuring layers", 0):
+        with self.journal.phase("measuring layers", 0):
             noise = signal_to_noise(teacher, run.model, run.constrained.names, self._layer_images())
         save(
             self.work / "model.safetensors",
@@ -344,7 +352,7 @@ class _Execution:
             original,
             final,
             self.work / "model.safetensors",
-            self.seconds,
+            self.journal.seconds,
             data=self._data(),
             stages=self.stages,
             noise=noise,
@@ -352,7 +360,7 @@ class _Execution:
         texts = {
             "report.json": json.dumps(report.to_dict(), indent=2),
             "report.md": report.to_markdown(),
-            "events.jsonl": "".join(self.log),
+            "events.jsonl": "".join(self.journal.lines),
             "settings.toml": settings_toml(self.job),
         }
         for name, text in texts.items():
@@ -365,12 +373,12 @@ class _Execution:
         last = summarize(before, self._original())
         agreement = last.comparison.agreement if last.comparison else None
         self.stages[-1] = replace(self.stages[-1], top1=last.top1, agreement=agreement)  # not every stage is measured
-        with self._phase(HALVED, 0):
+        with self.journal.phase(HALVED, 0):
             left = halve(run.model, run.constrained.names)
         if left:
             self.job.warnings.append(f"half precision cannot hold {', '.join(left)}, which stayed in float32")
         after = self._measure("quantized", run.model)
-        self.stages.append(stage_row(HALVED, after, self._original(), self.seconds[HALVED], None))
+        self.stages.append(stage_row(HALVED, after, self._original(), self.journal.seconds[HALVED], None))
         return after
 
     def _layer_images(self) -> list[Tensor]:
@@ -379,38 +387,11 @@ class _Execution:
 
     def _measure(self, which: str, network: nn.Module) -> Predictions:
         val = self._data().val
-        with self._phase("measuring", distributed.largest_share(len(val))):
-            predictions = predict(network, val, self.job.device, autocast=self.job.autocast, on_batch=self._tick)
+        with self.journal.phase("measuring", distributed.largest_share(len(val))):
+            predictions = predict(network, val, self.job.device, autocast=self.job.autocast, on_batch=self.journal.tick)
         compared = None if predictions.labelled or which == "original" else self.original
-        self._emit(Evaluated(which, summarize(predictions, compared).to_dict()))
+        self.journal.emit(Evaluated(which, summarize(predictions, compared).to_dict()))
         return predictions
-
-    @contextlib.contextmanager
-    def _phase(self, name: str, steps: int) -> Iterator[None]:
-        self._emit(Phase(name, steps))
-        started = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def _tick(self) -> None:
-        self.listener(Tick())
-        if self.should_stop():  # outside training: the last checkpoint is where the run goes on
-            raise Interrupted("stopped; go on with --resume")
-
-    def _emit(self, event: Event) -> None:
-        self.listener(event)
-        if isinstance(event, Phase | Tick) or (isinstance(event, Step) and event.cfs is None):
-            return
-        line = json.dumps({"event": type(event).__name__, **plain(asdict(event))}) + "\n"
-        self.log.append(line)
-        path = self.work / "events.jsonl"
-        if distributed.is_main():
-            with writing(path), path.open("a") as stream:
-                stream.write(line)
-
-    def _start_log(self) -> None:
-        if distributed.is_main():
-            atomic_write(self.work / "events.jsonl", "".join(self.log).encode())
 
     def _save(self, network: nn.Module, run: Run | None = None) -> None:
         if run is not None and not is_finite(run):
@@ -427,14 +408,14 @@ class _Execution:
             "starts": {name: (start.latent, start.scale) for name, start in self.starts.items()} if run is None else {},
             "pictures": self.pictures,
             "stages": [asdict(stage) for stage in self.stages],
-            "log": self.log,
+            "log": self.journal.lines,
             "measured": self.measured,
-            "seconds": self.seconds,
+            "seconds": self.journal.seconds,
             "original": self.original.state_dict() if self.original is not None else None,
         }
         if distributed.is_main():
             save_checkpoint(self.state_path, self.job.identity(), state)
-        self._emit(Saved(run.epoch, run.step) if run is not None else Saved(0, 0))
+        self.journal.emit(Saved(run.epoch, run.step) if run is not None else Saved(0, 0))
 
 
 def is_finite(run: Run) -> bool:

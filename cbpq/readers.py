@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cbpq.errors import DataError, MissingPartError, UsageError
+from cbpq.errors import DataError, MissingPartError, UsageError, brief, one_line
 from cbpq.inputs import InputSpec
-from cbpq.pictures import DatasetPictures, brief, one_line
+from cbpq.pictures import DatasetPictures
 
 # kind of reader → the optional package it needs (as imported, as installed)
 _PACKAGES = {

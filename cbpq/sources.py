@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cbpq.architectures import checked_arguments
-from cbpq.errors import DataError, FileFormatError, SourceError, UsageError
+from cbpq.errors import DataError, FileFormatError, SourceError, UsageError, one_line
 from cbpq.inputs import InputSpec
-from cbpq.pictures import decode, one_line
+from cbpq.pictures import decode
 from cbpq.transforms import preprocess
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cbpq import arrays
-from cbpq.errors import DataError, UsageError
+from cbpq.errors import DataError, UsageError, one_line
 from cbpq.folders import ImageFolders
 from cbpq.inputs import InputSpec
-from cbpq.pictures import Pictures, find_unreadable, have_labels, one_line
+from cbpq.pictures import Pictures, find_unreadable, have_labels
 from cbpq.readers import VAL_SPLITS, Reader
 
 Indices = NDArray[np.int64]

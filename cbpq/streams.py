@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from cbpq.distributed import ALL, Turn
-from cbpq.errors import DataError
+from cbpq.errors import DataError, brief
 from cbpq.inputs import InputSpec
 from cbpq.loaders import Batch, batches_per_epoch, check_divisible, check_position, slice_of
-from cbpq.pictures import brief, with_channels
+from cbpq.pictures import with_channels
 from cbpq.splits import misfit
 from cbpq.transforms import (
     CROP,

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
+from cbpq.errors import brief
 from cbpq.inputs import InputSpec
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,7 +41,7 @@ def trace(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a foreign forward pass raises only means: not with this input
-            failure = f"its forward pass fails: {one_line(error)}"
+            failure = f"its forward pass fails: {brief(error)}"
             continue
         if recorder.used:
             final = recorder.used[-1]
@@ -159,9 +159,3 @@ def image_format(model: nn.Module, images: Tensor) -> torch.memory_format:
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The network's BatchNorm layers, of any dimension."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of a foreign exception, for a message of our own."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 200, placeholder=" ...")

@@ -2,7 +2,7 @@
 
     run = prepare(model, loader, …)      # everything a run is made of
     for event in train(run): …           # show it; save run.state_dict() whenever you like
-    finish(run)                          # every weight on its level, BatchNorm statistics re-estimated
+    finish(run)                          # of ``cbpq.settling``: every weight on its level
 
 Whoever iterates may stop at any event: the state is complete there, and a run that loads it goes on exactly as if
 nothing had happened (bit for bit on a CPU).
@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ from cbpq.blocks import find_blocks
 from cbpq.compensation import Start
 from cbpq.constrained import Constrained, bind
 from cbpq.data import Batch, TrainLoader
-from cbpq.errors import TrainingError
+from cbpq.errors import TrainingError, brief
 from cbpq.features import FeaturePair
 from cbpq.layers import LayerChoice
 from cbpq.levels import LevelSet
 from cbpq.models import auxiliary_logits, logits
 from cbpq.presets import Settings
 from cbpq.recipe import cosine, loss_of, make_optimizer
-from cbpq.tracing import batch_norms, image_format, one_line
+from cbpq.tracing import batch_norms, image_format
 
 SMALLEST_LOSS_SCALE = 2.0**-20
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
@@ -294,7 +293,7 @@ def forward(run: Training, images: Tensor) -> Any:
         return (run.model if run.averaging is None else run.averaging)(images)
     except ValueError as error:
         raise TrainingError(
-            f"the network cannot be trained on batches of {len(images)} ({one_line(error)}); "
+            f"the network cannot be trained on batches of {len(images)} ({brief(error)}); "
             "raise --batch-size, or give more training pictures"
         ) from error
 
@@ -349,61 +348,3 @@ def next_epoch(run: Training) -> float:
     run.done = run.progress >= 1
     run.epoch, run.step, run.loss_sum = run.epoch + 1, 0, 0.0
     return loss
-
-
-def settling_batches(run: Training) -> int:
-    """Batches that ``settle`` re-estimates BatchNorm statistics from.
-
-    None where training did not use batch statistics, or there was no training: such a network relies on the running
-    ones, which remember pictures as they were when it was first trained.
-    """
-    if not run.settings.epochs or run.settings.batchnorm == "frozen":
-        return 0
-    return min(run.settings.batchnorm_batches, len(run.loader))
-
-
-@torch.no_grad()
-def finish(run: Run, on_batch: Callable[[], None] = lambda: None) -> None:
-    """Put every weight on its level, and re-estimate BatchNorm statistics for the weights as they are now."""
-    run.constrained.finish()
-    settle(run, on_batch)
-
-
-@torch.no_grad()
-def settle(run: Training, on_batch: Callable[[], None] = lambda: None) -> None:
-    """The end of training: BatchNorm statistics re-estimated for the weights as they are now, evaluation mode."""
-    if run.features is not None:
-        run.features.remove()
-    run.averaging = None
-    count = settling_batches(run)
-    norms = [norm for norm in batch_norms(run.model) if norm.track_running_stats]
-    run.model.eval()
-    if not count or not norms:
-        share_statistics(run)
-        return
-    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # plain average over all batches
-        norm.train()
-    # an epoch number of its own: pictures in an order training did not end on
-    for batch in islice(run.loader.epoch(run.settings.epochs), count):
-        forward(run, laid_out(run, batch.images))
-        on_batch()
-    for norm, (momentum, state) in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        if not norm.num_batches_tracked:  # in an auxiliary head, which only training runs
-            norm.load_state_dict(state)
-    share_statistics(run)
-    run.model.eval()
-
-
-@torch.no_grad()
-def share_statistics(run: Training) -> None:
-    """Average BatchNorm's running statistics over the processes."""
-    if distributed.world_size() == 1 or run.settings.batchnorm == "frozen":
-        return
-    for norm in batch_norms(run.model):
-        for buffer in (norm.running_mean, norm.running_var):
-            if buffer is not None:
-                buffer.copy_(distributed.mean(buffer))

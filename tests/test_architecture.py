@@ -48,6 +48,7 @@ ROWS = (
         "synthesis",
         "noise",
         "training",
+        "settling",
         "evaluation",
         "checkpoint",
         "devices",
@@ -55,7 +56,7 @@ ROWS = (
         "inspection",
     ),
     ("exports", "sections", "report", "standings", "plotting"),
-    ("planning", "agreement", "events", "stages", "summary", "pipeline", "comparison"),
+    ("planning", "agreement", "events", "journal", "stages", "summary", "pipeline", "comparison"),
     ("api",),
     ("cli", "__main__"),
 )

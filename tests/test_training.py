@@ -26,7 +26,8 @@ from cbpq.levels import CONSTRAINTS
 from cbpq.methods.base import Slot, Update
 from cbpq.presets import Settings, resolve
 from cbpq.recipe import loss_of, make_optimizer
-from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, finish, prepare, train
+from cbpq.settling import finish
+from cbpq.training import AUXILIARY_WEIGHT, EpochEnd, Run, Step, prepare, train
 
 CLASSES = 3
 

@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cbpq.errors import CbpqError
-from cbpq.exports.translation import one_line
+from cbpq.errors import CbpqError, brief
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
 
@@ -56,7 +55,7 @@ def compare_logits(
             run = load()
             theirs = np.concatenate([np.asarray(run(images)) for images in pictures])
         except Exception as error:  # readers' own exceptions have no common base
-            raise CbpqError(f"{reader} rejects the network: {one_line(error)}") from error
+            raise CbpqError(f"{reader} rejects the network: {brief(error)}") from error
     if theirs.shape != ours.shape:
         raise CbpqError(f"{reader} gives logits of the shape {theirs.shape} where torch gives {ours.shape}; {advice}")
     difference, largest = float(np.abs(theirs - ours).max()), float(np.abs(ours).max())

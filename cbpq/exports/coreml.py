@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cbpq.atomic import atomic_write_folder
-from cbpq.errors import CbpqError, require_extra
+from cbpq.errors import CbpqError, brief, require_extra
 from cbpq.exports import FORMATS, Exported
-from cbpq.exports.translation import all_names, check_weights, exporting, one_line, own_names, program_of, quiet
+from cbpq.exports.translation import all_names, check_weights, exporting, own_names, program_of, quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 
@@ -84,7 +84,7 @@ def export_coreml(model: nn.Module, file: CbpqFile, spec: InputSpec, out: Path, 
                 found = read_palettes(coremltools, package) if check else {}
         except Exception as error:  # coremltools raises whatever its operators raise
             raise CbpqError(
-                f"coremltools {coremltools.__version__} cannot translate {type(network).__name__}: {one_line(error)}"
+                f"coremltools {coremltools.__version__} cannot translate {type(network).__name__}: {brief(error)}"
             ) from error
         if check:
             facts["palettes"] = check_palettes(found, palettized, names)

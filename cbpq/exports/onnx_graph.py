@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cbpq.errors import CbpqError
+from cbpq.errors import CbpqError, brief
 from cbpq.exports.onnx_checks import equal_bits
-from cbpq.exports.translation import PREFIX, all_names, check_weights, exporting, one_line, own_names, program_of
+from cbpq.exports.translation import PREFIX, all_names, check_weights, exporting, own_names, program_of
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 
@@ -164,4 +164,4 @@ def finish(
     except CbpqError:
         raise
     except Exception as error:  # onnxscript, onnx and protobuf each have their own
-        raise CbpqError(f"onnx {onnx.__version__} does not accept the translated network: {one_line(error)}") from error
+        raise CbpqError(f"onnx {onnx.__version__} does not accept the translated network: {brief(error)}") from error

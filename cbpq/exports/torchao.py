@@ -33,11 +33,11 @@ from torch.overrides import TorchFunctionMode
 
 from cbpq import container
 from cbpq.atomic import atomic_write
-from cbpq.errors import CbpqError, require_extra
+from cbpq.errors import CbpqError, brief, require_extra
 from cbpq.exports import Exported
 from cbpq.exports.checks import Runs, compare_logits
 from cbpq.exports.state_dict import check_equal
-from cbpq.exports.translation import all_names, check_weights, exporting, one_line, quiet
+from cbpq.exports.translation import all_names, check_weights, exporting, quiet
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
@@ -177,7 +177,7 @@ def _checked(layout: ModuleType, data: bytes, network: nn.Module, spec: InputSpe
             metadata, *_ = container.read_header(io.BytesIO(data))
             state, rest = layout.unflatten_tensor_state_dict(safetensors.torch.load(data), metadata)
     except Exception as error:  # torchao and safetensors raise what they like
-        raise CbpqError(f"{reader} does not load its own layout: {one_line(error)}; export as state-dict") from error
+        raise CbpqError(f"{reader} does not load its own layout: {brief(error)}; export as state-dict") from error
     found: dict[str, Any] = {**state, **rest}
     decoded = {name: value.dequantize() if type(value) is not Tensor else value for name, value in found.items()}
     check_equal({name: tensor.numpy() for name, tensor in network.state_dict().items()}, decoded)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cbpq.errors import CbpqError
+from cbpq.errors import CbpqError, brief
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
@@ -60,7 +60,7 @@ def exporting(doing: str) -> Iterator[None]:
         with quiet(), torch.no_grad(), unfused_attention():
             yield
     except Exception as error:  # torch raises whatever the network's code and the handling of each operator raise
-        raise CbpqError(f"torch {torch.__version__} cannot {doing}: {one_line(error)}") from error
+        raise CbpqError(f"torch {torch.__version__} cannot {doing}: {brief(error)}") from error
 
 
 @contextmanager
@@ -74,12 +74,6 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
-
-
-def one_line(error: Exception) -> str:
-    """The message of a foreign exception, shortened to one line."""
-    text = " ".join(str(error).split())
-    return text[:300] if text else type(error).__name__
 
 
 def check_weights(network: nn.Module, file: CbpqFile) -> None:

@@ -48,10 +48,11 @@ from cbpq.evaluation import compare, predict, summarize
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.recipe import make_optimizer
 from cbpq.report import plain
+from cbpq.settling import settle
 from cbpq.stages import calibration_images, handed_on, training_batches
 from cbpq.standings import Comparison, Outcome
 from cbpq.summary import versions
-from cbpq.training import Training, get_ready, next_epoch, settle, take_steps, train_mode
+from cbpq.training import Training, get_ready, next_epoch, take_steps, train_mode
 
 WARM_UP = 200 / 78_200  # share of the budget
 QUANT_PERIOD = 10  # steps between two searches for the levels

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cbpq.errors import CbpqError
+from cbpq.errors import CbpqError, brief
 from cbpq.exports.c import moves, rows
 from cbpq.exports.c.calls import Call, Constrained, Unsupported
 from cbpq.exports.c.folding import folded
 from cbpq.exports.c.operations import Network, Operation, View
-from cbpq.exports.translation import PREFIX, all_names, exporting, one_line, program_of
+from cbpq.exports.translation import PREFIX, all_names, exporting, program_of
 from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
 
@@ -127,7 +127,7 @@ def _applied(row: Row, call: Call) -> Operation | None:
         return row(call)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # operators have more forms than the rows know, such as bounds that are tensors
-        raise Unsupported(f"this form of it has no kernel ({one_line(error)})") from error
+        raise Unsupported(f"this form of it has no kernel ({brief(error)})") from error
 
 
 class _Lowering:

@@ -6,8 +6,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from cbpq.errors import CbpqError
-from cbpq.exports.translation import all_names, one_line
+from cbpq.errors import CbpqError, brief
+from cbpq.exports.translation import all_names
 from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import logits
@@ -76,7 +76,7 @@ def traced(network: nn.Module, file: CbpqFile, spec: InputSpec) -> Traced:
     except Exception as error:  # whatever a foreign forward pass raises
         raise CbpqError(
             f"{type(network).__name__} cannot be run on a picture of {spec.channels}×{spec.height}×{spec.width}: "
-            f"{one_line(error)}"
+            f"{brief(error)}"
         ) from error
     if scores.dim() != 2 or len(scores) != 1:
         raise CbpqError(f"{type(network).__name__} gives {tuple(scores.shape)} for one picture, and no row of logits")
