@@ -1,4 +1,4 @@
-"""Several processes in a test, as a launcher would start them: all call one function, each told who it is."""
+"""Processes in a test: several, as a launcher would start them, that call one function, or one that is cbpq."""
 
 import multiprocessing
 import os
@@ -7,16 +7,20 @@ import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 
+from cbpq.cli import main
+
 T = TypeVar("T")
 
-# a server that has imported everything forks the processes, which so start in no time
+# a server that has imported everything forks the processes, which so start in no time; it finds installed modules only
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["small_job", "cbpq.pipeline"])
+CONTEXT.set_forkserver_preload(["timm", "cbpq.pipeline", "cbpq.cli.quantize", "cbpq.cli.evaluate"])
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -80,3 +84,19 @@ def _call(
     except BaseException:
         result = traceback.format_exc()
     end.send_bytes(pickle.dumps(result))  # whole: send() would leave tensors in memory that ends with this process
+
+
+def cbpq_process(arguments: Sequence[object], log: Path, readers: str = "fork") -> BaseProcess:
+    """A whole command as a process of its own, which starts others in the given way; what it says is in ``log``."""
+    process = CONTEXT.Process(target=_cbpq, args=([str(argument) for argument in arguments], log, readers))
+    process.start()
+    return process
+
+
+def _cbpq(arguments: list[str], log: Path, readers: str) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(readers, force=True)
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os._exit(main(arguments))

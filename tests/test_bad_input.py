@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_job import (
+    ALL_FOUR,
     ARGUMENTS,
     RESULTS,
     SPEC,
@@ -351,7 +352,9 @@ def test_out_of_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("flags", [("-b", "1"), ("--limit-train", "1")])
 def test_batches_too_small_for_batchnorm(world: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
-    refused(Case(1, (), output=str(tmp_path / "out"), flags=flags).run(), 1, "batches of 1", "raise --batch-size")
+    source = write_network(tmp_path / "deep.safetensors", **ALL_FOUR)  # one pixel is left at its end
+    case = Case(1, (), source=str(source), output=str(tmp_path / "out"), flags=flags)
+    refused(case.run(), 1, "batches of 1", "raise --batch-size")
 
 
 def test_memory_that_really_is_not_there() -> None:

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_job import ARGUMENTS, pictures, write_network
+from small_job import ALL_FOUR, ARGUMENTS, pictures, write_network
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,8 +27,8 @@ TWO_BIT = Rounding(CONSTRAINTS["two-bit-shift"])
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     """A small residual network after some training."""
-    path = write_network(tmp_path_factory.mktemp("network") / "network.safetensors", steps=40)
-    model: nn.Module = timm.create_model("test_resnet", **ARGUMENTS)
+    path = write_network(tmp_path_factory.mktemp("network") / "network.safetensors", steps=40, **ALL_FOUR)
+    model: nn.Module = timm.create_model("test_resnet", **ARGUMENTS | ALL_FOUR)
     model.load_state_dict(load_file(path))
     return model.eval()
 

@@ -403,12 +403,12 @@ def test_a_process_that_fails_ends_all_with_one_message(job: Path, tmp_path: Pat
 
 def test_what_all_refuse_is_said_once(job: Path, tmp_path: Path) -> None:
     for flags, parts in (
-        (("-b", "22", "-o", tmp_path / "out"), ("batches of 22 pictures", "4 processes", "--batch-size 20")),
+        (("-b", "22", "-o", tmp_path / "out"), ("batches of 22 pictures", "3 processes", "--batch-size 21")),
         (("-o", tmp_path / "out", "--device", "mps"), ("mps", "one device for all")),
         (("-o", tmp_path / "out", "--min-top1", "101"), ("min-top1",)),
         (("-o", job / "data.npz"), ("is a file",)),
     ):
-        outcomes = in_processes(4, cli, "quantize", job / "net.safetensors", "--data", job / "data.npz", *FLAGS, *flags)
+        outcomes = in_processes(3, cli, "quantize", job / "net.safetensors", "--data", job / "data.npz", *FLAGS, *flags)
         said = [outcome for outcome in outcomes if "error: " in outcome.err]
         assert len(said) == 1, outcomes
         refused(said[0], 2, *parts)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_job import RESULTS, ROOT, command, contents, write_folder
+from torch import nn
 from torch.distributed.run import get_args_parser
 
 import cbpq
@@ -318,7 +319,7 @@ def test_the_ci_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"--max-drop", "--max-size", "--seed"} <= set(words)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(EXAMPLES / "digits", tmp_path / "examples" / "digits")
-    monkeypatch.setenv("CBPQ_EPOCHS", "2")  # for a test; the job takes the preset's ten
+    monkeypatch.setenv("CBPQ_EPOCHS", "1")  # for a test; the job takes the preset's ten
     monkeypatch.setenv("CBPQ_DEVICE", "cpu")
     outcome = command(*words[1:])
     assert outcome.code == 0, outcome.err
@@ -326,6 +327,7 @@ def test_the_ci_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     tight = [{"1.0": "-5", "out": "tight"}.get(word, word) for word in words[1:]]
     monkeypatch.setenv("CBPQ_EPOCHS", "0")
+    monkeypatch.setenv("CBPQ_ROUNDING", "nearest")
     assert command(*tight).code == 3  # the job turns red, and what it keeps is there
     assert set(contents(tmp_path / "tight")) == RESULTS
 
@@ -369,3 +371,34 @@ def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (loaded.info.input_spec.height, loaded.info.input_spec.crop_pct) == (32, 1.0)
         parameters[name] = sum(parameter.numel() for parameter in loaded.model.parameters())
     assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
+
+
+def test_float16_with_sums_in_float32(small_job: Path) -> None:
+    """Products are those of the rounded factors, rounded once; the command line runs on them, and overflow is seen."""
+    float16 = script("cifar10.float16")
+    torch.manual_seed(0)
+    images, weight = torch.randn(3, 4, 6, 6).half(), torch.randn(5, 4, 3, 3).half().requires_grad_()
+    exact = weight.detach().double().requires_grad_()
+    with float16.SumsInFloat32():
+        products = nn.functional.conv2d(images, weight)
+        products.backward(torch.ones_like(products))
+        vectors = nn.functional.linear(images.flatten(1), images.flatten(1))
+        assert nn.functional.linear(torch.full((1, 2), 300.0).half(), torch.full((1, 2), 300.0).half()).isinf()
+        assert nn.functional.linear(torch.full((1, 2), 300.0), torch.full((1, 2), 300.0)).item() == 180_000
+    expected = nn.functional.conv2d(images.double(), exact)
+    expected.backward(torch.ones_like(expected))
+    for found, wanted in (
+        (products, expected),
+        (weight.grad, exact.grad),
+        (vectors, nn.functional.linear(images.flatten(1).double(), images.flatten(1).double())),
+    ):
+        assert found is not None
+        assert wanted is not None
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-11 * 1.01, atol=1e-5)
+
+    flags = ("--amp", "--set", "amp_dtype=float16", "-b", "16", "--epochs", "1", "--device", "cpu", "-o", "out")
+    with float16.SumsInFloat32():
+        outcome = command("quantize", "net.safetensors", "--data", "a.npz", *flags)
+    assert outcome.code == 0, outcome.err
+    assert (small_job / "out" / "model.safetensors").exists()

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import cbpq_process
 from safetensors.numpy import load_file
 from small_job import (
     RESULTS,
@@ -38,7 +39,6 @@ from small_job import (
 )
 
 from cbpq import recipe, training
-from cbpq.cli import main
 from cbpq.cli.display import Display
 from cbpq.events import Event
 from cbpq.locking import LOCK, held
@@ -372,28 +372,9 @@ def test_a_disk_that_is_full_at_any_write(job: Path, tmp_path: Path) -> None:
 # Killed
 
 
-def child(arguments: list[str], log: Path, method: str) -> None:
-    """A whole command, as a process of its own, that starts others in the given way."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method(method, force=True)
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os._exit(main(arguments))
-
-
-def start(arguments: list[str], log: Path, method: str = "fork") -> multiprocessing.process.BaseProcess:
-    """Start it quickly: a server process has imported everything, and forks."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["cbpq.pipeline", "cbpq.cli.display"])
-    process = server.Process(target=child, args=(arguments, log, method))
-    process.start()
-    return process
-
-
 def killed_at(job: Path, output: Path, seconds: float, *flags: object) -> bool:
     """Start or resume a run and kill it after some time; whether it was still there."""
-    process = start(arguments(job, output, "data.npz", *EVERY_STEP, *flags), output.with_suffix(".log"))
+    process = cbpq_process(arguments(job, output, "data.npz", *EVERY_STEP, *flags), output.with_suffix(".log"))
     process.join(seconds)
     process.kill()
     process.join()
@@ -451,7 +432,7 @@ def test_two_runs_into_one_folder(job: Path, tmp_path: Path, method: str) -> Non
     """
     output, busy = tmp_path / "out", "another run is writing to"
     given = arguments(job, output, "pictures", *EVERY_STEP, "--epochs", "999", "-j", "2")
-    first = start(given, tmp_path / "log", method)
+    first = cbpq_process(given, tmp_path / "log", method)
     state = output / "checkpoint" / "state.pt"
     deadline = time.monotonic() + 100
     while not state.exists():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_job import write_arrays, write_network
+from small_job import ALL_FOUR, write_arrays, write_network
 from torch import Tensor, nn
 
 from cbpq.blocks import Block
@@ -15,7 +15,8 @@ from cbpq.layers import choose_layers
 from cbpq.levels import level_set
 from cbpq.models import load_model
 from cbpq.presets import resolve
-from cbpq.training import Run, Step, finish, prepare, train
+from cbpq.settling import finish
+from cbpq.training import Run, Step, prepare, train
 
 SAME = torch.ones(2, 3)  # logits that agree
 BLOCKS = (Block("0", ("0.weight",)), Block("", ("4.weight",)), Block("2", ("2.weight",)))
@@ -142,7 +143,7 @@ def test_removed_means_that_nothing_is_left() -> None:
 def run_of(folder: Path, compared: str) -> Run:
     """A run on a small network, not begun."""
     path = folder / "net.safetensors"
-    loaded = load_model(str(path if path.exists() else write_network(path, steps=20)))
+    loaded = load_model(str(path if path.exists() else write_network(path, steps=20, **ALL_FOUR)))
     settings = resolve(
         "little-data", layers=[("the test", {"distillation_loss": compared, "epochs": 1, "batch_size": 16})]
     ).settings

@@ -47,7 +47,8 @@ from cbpq.pipeline import execute
 from cbpq.planning import plan
 from cbpq.presets import SETTINGS, resolve
 from cbpq.scales import initial_scale
-from cbpq.training import EpochEnd, Step, finish, prepare, take_step
+from cbpq.settling import finish
+from cbpq.training import EpochEnd, Step, prepare, take_step
 
 DIGITS = ROOT / "examples" / "digits"
 SHORT = ("-b", "16", "--epochs", "2", "--device", "cpu")
@@ -158,7 +159,7 @@ def test_the_report_holds_no_nan_even_when_nothing_was_trained(job: Path, tmp_pa
 
 
 def test_settings_fed_back_make_the_same_file(job: Path, tmp_path: Path) -> None:
-    flags = ("-c", "levels:-1,-0.5,0.5,1", "--seed", "3", "--exclude", "layer3*", "--set", "temperature=2.5")
+    flags = ("-c", "levels:-1,-0.5,0.5,1", "--seed", "3", "--exclude", "layer1*", "--set", "temperature=2.5")
     assert run(job, tmp_path / "first", *flags, "--quantize-last", "--augment", "none").code == 0
     config = tmp_path / "first" / "settings.toml"
     outcome = command(

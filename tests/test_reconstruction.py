@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_job import ARGUMENTS, pictures, write_arrays, write_network
+from small_job import ALL_FOUR, ARGUMENTS, pictures, write_arrays, write_network
 from torch import Tensor, nn
 
 from cbpq import pipeline
@@ -61,8 +61,8 @@ def settings_of(**changes: Any) -> Settings:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A small trained network, rounded to nearest."""
-    path = write_network(tmp_path_factory.mktemp("network") / "net.safetensors", steps=40)
-    original: nn.Module = timm.create_model("test_resnet", **ARGUMENTS)
+    path = write_network(tmp_path_factory.mktemp("network") / "net.safetensors", steps=40, **ALL_FOUR)
+    original: nn.Module = timm.create_model("test_resnet", **ARGUMENTS | ALL_FOUR)
     original.load_state_dict(load_file(path))
     images = (torch.from_numpy(pictures(64, 100)[0])[:, None] / 255 - 0.5) / 0.25
     return rounded(original.eval().requires_grad_(False), list(images.split(16)))
@@ -257,7 +257,7 @@ def test_no_steps_are_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("called for nothing")
 
     monkeypatch.setattr(pipeline, "reconstruct", never)
-    source = write_network(tmp_path / "net.safetensors")
+    source = write_network(tmp_path / "net.safetensors", **ALL_FOUR)
     settings = {"reconstruction_steps": 0, "epochs": 1, "epoch_images": 0, "batch_size": 16}
     job = plan(
         str(source),

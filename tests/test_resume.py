@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import cbpq_process
 from small_job import (
     Outcome,
     command,
@@ -81,8 +82,13 @@ def attempt(
     return execute(made, output, resume=True, listener=listener, should_stop=should_stop)
 
 
+def arguments(job: Path, output: Path, *flags: object, data: str = "data.npz") -> list[str]:
+    given = ("quantize", job / "net.safetensors", "--data", job / data, *FLAGS, "-o", output, *flags)
+    return [str(argument) for argument in given]
+
+
 def cli(job: Path, output: Path, *flags: object) -> Outcome:
-    return command("quantize", job / "net.safetensors", "--data", job / "data.npz", *FLAGS, "-o", output, *flags)
+    return command(*arguments(job, output, *flags))
 
 
 class Stopper:
@@ -432,21 +438,9 @@ def test_a_weight_that_is_not_finite_is_never_saved(
 # Real processes
 
 
-def start(job: Path, output: Path, *flags: object, data: str = "data.npz") -> "subprocess.Popen[str]":
-    arguments = ("quantize", job / "net.safetensors", "--data", job / data, *FLAGS, "-o", output, *flags)
-    return subprocess.Popen(
-        [sys.executable, "-m", "cbpq", *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # as in a terminal: a group of its own, so that Ctrl-C reaches its workers too
-    )
-
-
-def wait_for(process: "subprocess.Popen[str]", happened: Callable[[], bool]) -> None:
+def wait_for(is_alive: Callable[[], bool], happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not happened() and process.poll() is None:
+    while not happened() and is_alive():
         assert time.monotonic() < deadline, "the process does not get on"
         time.sleep(0.001)
 
@@ -471,15 +465,15 @@ KILLS: dict[str, Callable[[Path], bool]] = {
 @pytest.mark.parametrize("moment", KILLS)
 def test_killed(job: Path, unbroken: Path, tmp_path: Path, moment: str) -> None:
     output = tmp_path / "out"
-    process = start(job, output)
-    wait_for(process, lambda: KILLS[moment](output))
+    process = cbpq_process(arguments(job, output), tmp_path / "log")
+    wait_for(process.is_alive, lambda: KILLS[moment](output))
     time.sleep(random.Random(moment).random() * 0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    if process.returncode == 0:  # it was quicker than the signal
+    process.kill()
+    process.join()
+    if process.exitcode == 0:  # it was quicker than the signal
         same_result(output, unbroken)
         return
-    assert process.returncode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL
     outcome = cli(job, output, "--resume")
     if outcome.code == 2:  # killed after the very last file
         one_line(outcome, 2, "is finished")
@@ -492,8 +486,14 @@ def test_killed(job: Path, unbroken: Path, tmp_path: Path, moment: str) -> None:
 def test_interrupted_as_from_a_keyboard(job: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the process and those that read pictures for it."""
     output = tmp_path / "out"
-    process = start(job, output, "-j", "2", data="pictures")
-    wait_for(process, lambda: said(output, '"Saved"') >= 3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cbpq", *arguments(job, output, "-j", "2", data="pictures")],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as in a terminal: a group of its own, so that Ctrl-C reaches its workers too
+    )
+    wait_for(lambda: process.poll() is None, lambda: said(output, '"Saved"') >= 3)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130

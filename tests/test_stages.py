@@ -8,8 +8,6 @@ import json
 import math
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import cbpq_process
 from small_job import (
+    ALL_FOUR,
     RESULTS,
     command,
     contents,
-    environment,
     events_of,
     pictures,
     write_arrays,
@@ -43,8 +42,9 @@ from cbpq.pipeline import STAGES, execute
 from cbpq.planning import Plan, plan
 from cbpq.report import Report
 from cbpq.scales import initial_scale
+from cbpq.settling import finish
 from cbpq.summary import setbacks, stage_row
-from cbpq.training import Step, finish, prepare, train
+from cbpq.training import Step, prepare, train
 
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = STAGES
 INCLUDE = ("layer2*", "layer3*")
@@ -66,7 +66,7 @@ SHORT: dict[str, Any] = {
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network that drops out at random while it trains; pictures with labels, and some without."""
     folder = tmp_path_factory.mktemp("job")
-    write_network(folder / "net.safetensors", steps=40, drop_rate=0.2)
+    write_network(folder / "net.safetensors", steps=40, drop_rate=0.2, **ALL_FOUR)
     write_arrays(folder / "data.npz", train=48, val=24)
     np.savez(folder / "images.npz", images=pictures(40, 3)[0])
     return folder
@@ -414,20 +414,14 @@ def flags_of(output: Path, *more: object) -> tuple[object, ...]:
 def test_killed(job: Path, unbroken: dict[str | None, Path], tmp_path: Path, word: str) -> None:
     output = tmp_path / "out"
     arguments = ("quantize", job / "net.safetensors", *flags_of(output))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cbpq", *map(str, arguments)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = cbpq_process(arguments, tmp_path / "log")
     log, deadline = output / "checkpoint" / "events.jsonl", time.monotonic() + 120
-    while process.poll() is None and not (log.exists() and word in log.read_text()):
+    while process.is_alive() and not (log.exists() and word in log.read_text()):
         assert time.monotonic() < deadline, "the process does not get on"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (output / "model.safetensors").exists()
     outcome = command(*arguments, "--resume")
     assert outcome.code == 0, outcome.err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_job import CLASSES, write_network
+from small_job import ALL_FOUR, CLASSES, write_network
 from torch import Tensor, nn
 
 from cbpq import synthesis
@@ -32,7 +32,7 @@ COLOUR = InputSpec(3, 8, 8, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
-    path = write_network(tmp_path_factory.mktemp("network") / "net.safetensors", steps=100)
+    path = write_network(tmp_path_factory.mktemp("network") / "net.safetensors", steps=100, **ALL_FOUR)
     return load_model(str(path)).model
 
 
