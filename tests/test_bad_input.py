@@ -353,7 +353,7 @@ def test_out_of_memory(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("flags", [("-b", "1"), ("--limit-train", "1")])
 def test_batches_too_small_for_batchnorm(world: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
     source = write_network(tmp_path / "deep.safetensors", **ALL_FOUR)  # one pixel is left at its end
-    case = Case(1, (), source=str(source), output=str(tmp_path / "out"), flags=flags)
+    case = Case(1, (), source=str(source), output=str(tmp_path / "out"), flags=(*flags, "--rounding", "nearest"))
     refused(case.run(), 1, "batches of 1", "raise --batch-size")
 
 

@@ -17,6 +17,8 @@ from cbpq.events import Interrupted
 from cbpq.methods import METHODS
 from cbpq.standings import read_comparison, welch
 
+pytestmark = pytest.mark.medium  # whole runs
+
 FILES = {"comparison.json", "comparison.md", "comparison.png"}
 SHORT = ("--epochs", 2, "-j", 0, "--device", "cpu", "--set", "batch_size=32", "--set", "rounding=nearest")
 

@@ -44,7 +44,10 @@ from cbpq.planning import plan
 from cbpq.training import EpochEnd, Run, Step
 from cbpq.transforms import Normalize
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.medium,  # several processes
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+]
 
 SETTINGS = {"epochs": 2, "batch_size": 24, "rounding": "nearest", "checkpoint_minutes": 60.0, "evaluate_every": 0}
 FLAGS = ("-b", "24", "--epochs", "2", "--rounding", "nearest", "--device", "cpu", "-j", "0")

@@ -95,6 +95,7 @@ def test_the_constraints_in_the_readme_are_known() -> None:
         level_set(name)
 
 
+@pytest.mark.medium
 def test_the_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as they stand there; all that differs is a smaller budget."""
     monkeypatch.chdir(tmp_path)
@@ -169,6 +170,7 @@ def test_prepare_trains_a_network_as_good(prepare: ModuleType, tmp_path: Path, m
     assert top1 > 96
 
 
+@pytest.mark.medium
 def test_the_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("digits.small_networks")
     monkeypatch.setattr(sys, "argv", ["small_networks.py", "-o", str(tmp_path / "networks"), "--epochs", "1"])
@@ -314,6 +316,7 @@ def test_serving_what_it_cannot(
 # examples/ci
 
 
+@pytest.mark.medium
 def test_the_ci_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (words,) = commands_in(EXAMPLES / "ci" / "quantize.yml")
     assert {"--max-drop", "--max-size", "--seed"} <= set(words)
@@ -335,6 +338,7 @@ def test_the_ci_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # examples/imagenet
 
 
+@pytest.mark.medium
 def test_the_imagenet_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands, with a network and pictures that stand in for those of ImageNet."""
     monkeypatch.chdir(tmp_path)
@@ -373,6 +377,7 @@ def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
 
 
+@pytest.mark.medium
 def test_float16_with_sums_in_float32(small_job: Path) -> None:
     """Products are those of the rounded factors, rounded once; the command line runs on them, and overflow is seen."""
     float16 = script("cifar10.float16")

@@ -48,6 +48,8 @@ from cbpq.fileformat import CbpqFile, ConstrainedTensor
 from cbpq.inputs import InputSpec
 from cbpq.models import load_model
 
+pytestmark = pytest.mark.medium  # compiles
+
 
 def computed(folder: Path, images: Tensor, classes: int) -> Tensor:
     """What ``cbpq_run`` gives for each picture."""

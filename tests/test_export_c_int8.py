@@ -44,6 +44,8 @@ from cbpq.fileformat import CbpqFile
 from cbpq.inputs import InputSpec
 from cbpq.transforms import Normalize
 
+pytestmark = pytest.mark.medium  # compiles
+
 
 def noise(spec: InputSpec, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)

@@ -38,6 +38,8 @@ from cbpq.inputs import InputSpec
 from cbpq.model_file import load
 from cbpq.transforms import Normalize
 
+pytestmark = pytest.mark.medium  # translates networks
+
 DATA = ROOT / "examples" / "digits" / "digits.npz"
 FILES = {"hardware.json", "hardware.md", "histogram.png", "golden.npz"}
 

@@ -31,6 +31,8 @@ from cbpq.fileformat import CbpqFile, ConstrainedTensor, write
 from cbpq.inputs import InputSpec
 from cbpq.models import SourceInfo, load_model
 
+pytestmark = pytest.mark.medium  # translates networks
+
 CONSTRAINTS = {
     "binary": ((-1, 1), 1),
     "ternary": ((-1, 0, 1), 1),

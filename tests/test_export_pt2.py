@@ -28,6 +28,8 @@ from cbpq.inputs import InputSpec
 from cbpq.model_file import load
 from cbpq.models import logits
 
+pytestmark = pytest.mark.medium  # translates networks
+
 TINY = InputSpec(3, 4, 4)
 # what runs a program in a process of its own, where only torch can be imported
 ALONE = """

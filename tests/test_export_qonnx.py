@@ -31,6 +31,8 @@ from cbpq.fileformat import CbpqFile, ConstrainedTensor, read
 from cbpq.inputs import InputSpec
 from cbpq.model_file import load
 
+pytestmark = pytest.mark.medium  # translates networks
+
 KINDS = {
     "binary": ("BIPOLAR", 1),
     "ternary": ("TERNARY", 2),

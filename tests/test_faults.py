@@ -44,6 +44,8 @@ from cbpq.events import Event
 from cbpq.locking import LOCK, held
 from cbpq.training import Step
 
+pytestmark = pytest.mark.medium  # whole runs, disturbed
+
 STEPS = 8  # two epochs of four
 FLAGS = ("-b", "12", "--epochs", "2", "--device", "cpu", "--rounding", "nearest")
 EVERY_STEP = ("--set", "checkpoint_minutes=0")

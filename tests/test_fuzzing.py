@@ -32,6 +32,8 @@ from cbpq.models import load_model
 from cbpq.pipeline import execute
 from cbpq.planning import plan
 
+pytestmark = pytest.mark.medium  # a thousand files
+
 SECONDS = 60  # for a file of some kilobytes; a machine that is busy may well need one of them
 HEADROOM = 2**28  # bytes that all these files together may add to the process
 SLACK = {True: 2**19, False: 2**24}  # bytes that are not the file's: messages and such; free memory that is in pieces

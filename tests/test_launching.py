@@ -18,9 +18,12 @@ from small_job import RESULTS, command, contents, environment, events_of, one_li
 
 from cbpq.fileformat import read
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or sys.platform == "win32", reason="this torch has no torch.distributed"
-)
+pytestmark = [
+    pytest.mark.medium,  # several processes
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or sys.platform == "win32", reason="this torch has no torch.distributed"
+    ),
+]
 
 # saved after every step
 FLAGS = ("-b", "24", "--epochs", "2", "--rounding", "nearest", "--device", "cpu", "--set", "checkpoint_minutes=0")

@@ -23,7 +23,7 @@ from cbpq.methods.cbp import CBP
 from cbpq.presets import SETTINGS, Settings, resolve
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
-STEPS = 120
+STEPS = 60
 TWO_LEVELS = ("binary", "levels:-0.5,1")
 COVERED = dict.fromkeys(METHODS, NAMES) | {"adaste": TWO_LEVELS}
 PAIRS = [(method, constraint) for method in METHODS for constraint in COVERED[method]]

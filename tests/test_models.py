@@ -89,6 +89,7 @@ FILES = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name, library, architecture, arguments, side", FILES)
 def test_files_are_told_by_name_and_loaded_exactly(
     tmp_path: Path, name: str, library: str, architecture: str, arguments: dict[str, Any], side: int

@@ -34,6 +34,8 @@ from cbpq.planning import plan
 
 SHORT = ("--calibration", 32, "--epochs", 1, "-b", 16, "--set", "epoch_images=64", "--device", "cpu")
 STEPS = ("--set", "reconstruction_steps=4", "--set", "reconstruction_images=32")
+pytestmark = pytest.mark.medium  # whole runs
+
 FEW_LAYERS = ("--include", "layer2*", "--include", "layer3*")
 WARNING = "no data were given: pictures are synthesised from the network's BatchNorm statistics"
 

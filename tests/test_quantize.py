@@ -84,6 +84,7 @@ def timeless(evaluation: dict[str, Any]) -> dict[str, Any]:
 # The main job
 
 
+@pytest.mark.medium
 def test_the_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(DIGITS, tmp_path / "examples" / "digits")
@@ -173,6 +174,7 @@ def test_settings_fed_back_make_the_same_file(job: Path, tmp_path: Path) -> None
     assert report_of(tmp_path / "second")["settings"]["temperature"] == {"value": 2.5, "from": str(config)}
 
 
+@pytest.mark.medium
 def test_the_seed_decides_the_file(job: Path, finished: Path, tmp_path: Path) -> None:
     expected = (finished / "model.safetensors").read_bytes()
     assert run(job, tmp_path / "again").code == 0
@@ -498,6 +500,7 @@ def test_constraints(job: Path, tmp_path: Path, constraint: str, levels: int, le
     assert any(moved) == learned  # BatchNorm makes the loss nearly indifferent to some of them
 
 
+@pytest.mark.medium
 def test_which_layers(job: Path, tmp_path: Path) -> None:
     def constrained(*flags: str) -> set[str]:
         output = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -522,6 +525,7 @@ def test_other_ways_to_train(job: Path, tmp_path: Path) -> None:
     assert report_of(tmp_path / "a")["quantized"]["images"] == 48
 
 
+@pytest.mark.medium
 def test_ways_to_use_the_data(job: Path, tmp_path: Path) -> None:
     assert run(job, tmp_path / "limited", "--limit-train", "40").code == 0
     report = report_of(tmp_path / "limited")
@@ -590,6 +594,7 @@ class _TwoPictures:
         yield from [self._batch][start:]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "source, size",
     [

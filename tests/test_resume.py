@@ -42,6 +42,8 @@ from cbpq.planning import plan
 from cbpq.report import Report
 from cbpq.training import EpochEnd, Run, Step
 
+pytestmark = pytest.mark.medium  # whole runs, stopped and resumed
+
 EPOCHS = 3
 # saved after every step; of the stages before training only the one that takes no time (test_stages has the others)
 SETTINGS = {"epochs": EPOCHS, "batch_size": 24, "checkpoint_minutes": 0.0, "rounding": "nearest"}

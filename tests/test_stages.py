@@ -46,6 +46,8 @@ from cbpq.settling import finish
 from cbpq.summary import setbacks, stage_row
 from cbpq.training import Step, prepare, train
 
+pytestmark = pytest.mark.medium  # whole runs
+
 NEAREST, COMPENSATED, RECONSTRUCTED, TRAINED = STAGES
 INCLUDE = ("layer2*", "layer3*")
 NAMES = (

@@ -37,6 +37,8 @@ from cbpq.loaders import Batch, EvalLoader, RepeatedBatches, TrainLoader
 from cbpq.pictures import NO_LABEL
 from cbpq.report import accuracy_section
 
+pytestmark = pytest.mark.medium  # whole runs
+
 GREY = InputSpec(1, 8, 8, mean=(0.5,), std=(0.25,))
 
 
