@@ -409,6 +409,7 @@ def test_every_channel_constant() -> None:
     near(model, result)
 
 
+@pytest.mark.medium
 def test_fewer_pictures_where_memory_is_short(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     images = list(torch.cat(photos(24)).split(2))
     names = constrained(trained, images)
@@ -431,6 +432,7 @@ def test_fewer_pictures_where_memory_is_short(trained: nn.Module, monkeypatch: p
     assert used() == [6] * len(blocks)
 
 
+@pytest.mark.medium
 def test_a_bound_on_columns_takes_some_positions_of_every_picture(
     trained: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +533,7 @@ def fitted(model: nn.Module, images: Sequence[Tensor], *exclude: str) -> tuple[n
     return result, tuple(name for name in choice.after if name not in starts)
 
 
+@pytest.mark.medium
 def test_the_classifier_makes_up_for_the_layers_before_it(trained: nn.Module) -> None:
     images = photos(96)
     result, names = fitted(trained, images)

@@ -191,6 +191,7 @@ def test_the_seed_decides_the_file(job: Path, finished: Path, tmp_path: Path) ->
     )
 
 
+@pytest.mark.medium
 def test_workers_do_not_matter(job: Path, tmp_path: Path) -> None:
     for workers in ("0", "2"):
         assert run(job, tmp_path / workers, "-j", workers, "--epochs", "1", data="pictures").code == 0
@@ -518,6 +519,7 @@ def test_which_layers(job: Path, tmp_path: Path) -> None:
     assert left == {name for name in usual if not name.startswith("layer1") and "conv2" not in name}
 
 
+@pytest.mark.medium
 def test_other_ways_to_train(job: Path, tmp_path: Path) -> None:
     sets = ("optimizer=adamw", "lr_schedule=constant", "distillation=0", "scale_granularity=layer", "gradient_clip=0")
     flags = [part for assignment in sets for part in ("--set", assignment)]
