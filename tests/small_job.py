@@ -24,7 +24,8 @@ CLASSES, SIDE = 6, 8
 # two of the four blocks of timm's smallest ResNet: nearly all tests wait for it
 SHAPE: dict[str, Any] = {"stem_width": 8, "layers": [1, 0, 0, 1], "channels": [8, 8, 8, 8], "output_stride": 8}
 ARGUMENTS: dict[str, Any] = {"num_classes": CLASSES, "in_chans": 1, **SHAPE}
-ALL_FOUR: dict[str, Any] = {"layers": [1, 1, 1, 1]}  # where the others matter, one a bottleneck
+# all of it, where the other blocks (one a bottleneck) or the width of its stem matter
+ALL_FOUR: dict[str, Any] = {"stem_width": 16, "layers": [1, 1, 1, 1]}
 SPEC = {"channels": 1, "height": SIDE, "width": SIDE, "mean": [0.5], "std": [0.25], "interpolation": "bilinear"}
 # the text of a module whose function makes a network without BatchNorm
 PLAIN_NETWORK = """
