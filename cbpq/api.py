@@ -14,7 +14,7 @@ from cbpq.devices import describe_device, resolve_device
 from cbpq.errors import UsageError
 from cbpq.evaluation import Evaluation, predict, summarize
 from cbpq.models import LoadedModel, SourceInfo, load_model
-from cbpq.report import plain
+from cbpq.plain import plain
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from cbpq.locking import check_free, held
 from cbpq.methods import METHODS, method_class
 from cbpq.outputs import state_file
 from cbpq.pipeline import execute
+from cbpq.plain import plain
 from cbpq.planning import FREE_SETTINGS, Plan, plan
-from cbpq.report import plain
 from cbpq.standings import Comparison, Outcome, read_comparison
 from cbpq.training import EpochEnd
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from cbpq import distributed
 from cbpq.atomic import atomic_write, writing
 from cbpq.events import Event, Interrupted, Phase, Tick
-from cbpq.report import plain
+from cbpq.plain import plain
 from cbpq.training import Step
 
 

@@ -33,10 +33,11 @@ from cbpq.noise import signal_to_noise
 from cbpq.outputs import claim_output, publish, state_file, working_folder, working_in
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.reconstruction import Reconstruction, reconstruct, reconstructible
-from cbpq.report import Report, Stage
+from cbpq.report import Report
 from cbpq.settling import finish, settling_batches, share_statistics
 from cbpq.summary import HALVED, build_report, metric_facts, run_facts, settings_toml, stage_row
 from cbpq.synthesis import save_pictures, steps_in_all, synthesize
+from cbpq.tables import Stage
 from cbpq.training import EpochEnd, Run, prepare, train
 
 SYNTHESIS = "synthesis"

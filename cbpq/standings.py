@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cbpq import sections
 from cbpq.errors import MissingPartError, UsageError
-from cbpq.report import plain
+from cbpq.plain import plain
 from cbpq.sections import Section
 
 SIGNIFICANT = 0.05

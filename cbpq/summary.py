@@ -22,7 +22,8 @@ from cbpq.inspection import sizes_of
 from cbpq.lazy import Lazy
 from cbpq.levels import total
 from cbpq.planning import FREE_SETTINGS, Plan
-from cbpq.report import LayerRow, Report, SkippedRow, Stage
+from cbpq.report import Report
+from cbpq.tables import LayerRow, SkippedRow, Stage
 from cbpq.training import Run
 
 timm, torchvision = Lazy("timm"), Lazy("torchvision")

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from cbpq import sections
-from cbpq.report import LayerRow, Report, SkippedRow, accuracy_section, plain, size_section
+from cbpq.plain import plain
+from cbpq.report import Report
 from cbpq.sections import Section
+from cbpq.tables import LayerRow, SkippedRow, accuracy_section, size_section
 
 
 def evaluation(top1: float) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from cbpq.fileformat import read, write
 from cbpq.model_file import halve
 from cbpq.pipeline import execute
 from cbpq.planning import plan
-from cbpq.report import Stage
 from cbpq.summary import HALVED, setbacks
+from cbpq.tables import Stage
 
 FLAGS = ("-b", "24", "--epochs", "1", "--device", "cpu", "-c", "ternary", "--rounding", "nearest")
 

@@ -35,7 +35,7 @@ from cbpq.fileformat import read
 from cbpq.inputs import InputSpec
 from cbpq.loaders import Batch, EvalLoader, RepeatedBatches, TrainLoader
 from cbpq.pictures import NO_LABEL
-from cbpq.report import accuracy_section
+from cbpq.tables import accuracy_section
 
 pytestmark = pytest.mark.medium  # whole runs
 

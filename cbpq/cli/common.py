@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cbpq.errors import GateError, UsageError
-from cbpq.report import plain
+from cbpq.plain import plain
 
 CONSTRAINT = "Constraint and method"
 MODEL = "Network"

@@ -10,7 +10,7 @@ from rich.text import Text
 from cbpq import sections
 from cbpq.cli import common
 from cbpq.errors import UsageError
-from cbpq.report import accuracy_section
+from cbpq.tables import accuracy_section
 
 
 def command(

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from cbpq import sections
 from cbpq.cli import common
-from cbpq.report import pairs_section, size_section
 from cbpq.sections import Section
+from cbpq.tables import pairs_section, size_section
 
 if TYPE_CHECKING:
     from cbpq.inspection import Inspection, LayerInspection

@@ -45,9 +45,9 @@ from cbpq.data import Data
 from cbpq.devices import PeakMemory
 from cbpq.errors import CbpqError, UsageError, require_extra
 from cbpq.evaluation import compare, predict, summarize
+from cbpq.plain import plain
 from cbpq.planning import Plan, check_labels_for_loss, plan
 from cbpq.recipe import make_optimizer
-from cbpq.report import plain
 from cbpq.settling import settle
 from cbpq.stages import calibration_images, handed_on, training_batches
 from cbpq.standings import Comparison, Outcome

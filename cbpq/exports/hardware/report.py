@@ -10,7 +10,7 @@ from cbpq.exports.hardware.ranges import Ranges
 from cbpq.exports.hardware.scales import PowerScale, power_scale
 from cbpq.exports.hardware.widths import INPUT_BITS, accumulator_bits
 from cbpq.exports.hardware.work import Work, total, work
-from cbpq.report import plain
+from cbpq.plain import plain
 
 
 @dataclass(frozen=True)
