@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cbpq.presets import resolve
 from examples.runs import keep, over_seeds, quantized
 
 NETWORK = "examples.cifar10.resnet:resnet20"
@@ -28,8 +29,8 @@ PARTS = {
     "distillation of outputs alone (KL)": ("--set", "distillation_loss=kl"),
     "labels instead of distillation": ("--set", "distillation=0"),
     "SGD, learning rate 0.02": ("--set", "optimizer=sgd", "--lr", "0.02"),
-    "learning rate halved": ("--lr", "0.001"),
-    "learning rate doubled": ("--lr", "0.004"),
+    "learning rate halved": ("--lr", "{half}"),
+    "learning rate doubled": ("--lr", "{double}"),
     "scales fixed": ("--set", "learn_scales=false"),
     "one scale for each layer": ("--set", "scale_granularity=layer"),
     "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
@@ -83,6 +84,12 @@ def stem(epochs: int, constraint: str, part: str) -> str:
     return f"ablation-{epochs}-{constraint}-{list(PARTS).index(part)}"
 
 
+def replaced(part: str, constraint: str) -> list[str]:
+    """The flags of a row, whose learning rates are relative to what the preset has for the constraint."""
+    lr = resolve(constraint=constraint).settings.lr
+    return [flag.format(half=lr / 2, double=lr * 2) for flag in PARTS[part]]
+
+
 def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -> None:
     """Quantize and measure on the held-out pictures, unless that was done."""
     name = f"{stem(chosen.epochs, constraint, part)}-{seed}"
@@ -91,7 +98,7 @@ def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -
         return
     flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), "--val-from-train", "0.1"]
     flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
-    report = quantized(chosen.work / name, NETWORK, *flags, *PARTS[part])
+    report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint))
     kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]})
     print(f"{name} ({part}): {kept['test']['comparison']['agreement']:.2f} %", flush=True)
 
