@@ -14,8 +14,6 @@ from cbpq.tables import accuracy_section
 
 if TYPE_CHECKING:
     from cbpq.api import Measurement
-
-if TYPE_CHECKING:
     from cbpq.exports import Exported
 
 
