@@ -377,6 +377,23 @@ def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
 
 
+def test_the_methods_table_is_that_of_the_raw_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = script("cifar10.methods")
+    monkeypatch.setattr(sys, "argv", ["methods", "two-epochs", "-o", str(tmp_path / "picture.png")])
+    methods.main()
+    assert capsys.readouterr().out in (EXAMPLES / "cifar10" / "README.md").read_text()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ablation_halves_the_constraints_own_learning_rate() -> None:
+    ablation = script("cifar10.ablation")
+    assert ablation.replaced("learning rate halved", "two-bit-shift") == ["--lr", "0.00025"]
+    assert ablation.replaced("learning rate doubled", "binary") == ["--lr", "0.004"]
+    assert ablation.replaced("scales fixed", "binary") == ["--set", "learn_scales=false"]
+
+
 @pytest.mark.medium
 def test_float16_with_sums_in_float32(small_job: Path) -> None:
     """Products are those of the rounded factors, rounded once; the command line runs on them, and overflow is seen."""
