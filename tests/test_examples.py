@@ -1,6 +1,7 @@
 """The examples and the README, followed as a user would."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -392,6 +393,20 @@ def test_the_ablation_halves_the_constraints_own_learning_rate() -> None:
     assert ablation.replaced("learning rate halved", "two-bit-shift") == ["--lr", "0.00025"]
     assert ablation.replaced("learning rate doubled", "binary") == ["--lr", "0.004"]
     assert ablation.replaced("scales fixed", "binary") == ["--set", "learn_scales=false"]
+
+
+def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row's name begins with another's."""
+    ablation = script("cifar10.ablation")
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
+    for seed, loss in ((0, 1.0), (1, 3.0)):
+        test = {"comparison": {"agreement": 90.0 + seed}, "loss": loss}
+        name = ablation.stem(1, "binary", "learning rate constant, no multipliers, no window")
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"test": test}))
+    assert ablation.table(1, ["binary"]).splitlines()[2:] == [
+        "| learning rate constant, no multipliers, no window | 90.50 ± 0.71 % | 2.0000 |"
+    ]
+    assert len({ablation.stem(1, "binary", part) for part in ablation.PARTS}) == len(ablation.PARTS)
 
 
 @pytest.mark.medium

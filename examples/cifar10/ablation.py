@@ -9,6 +9,7 @@ each, and the table is printed.
 
 import argparse
 import json
+import re
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -20,6 +21,7 @@ from examples.runs import keep, over_seeds, quantized
 NETWORK = "examples.cifar10.resnet:resnet20"
 RESULTS = Path(__file__).parent / "results"
 WHOLE = "the preset as it is"
+CONSTANT = ("--set", "lr_schedule=constant")
 PARTS = {
     WHOLE: (),
     "no multipliers, no window (straight-through)": ("--method", "straight-through"),
@@ -31,6 +33,12 @@ PARTS = {
     "SGD, learning rate 0.02": ("--set", "optimizer=sgd", "--lr", "0.02"),
     "learning rate halved": ("--lr", "{half}"),
     "learning rate doubled": ("--lr", "{double}"),
+    "batches of 64": ("--batch-size", "64"),
+    "multipliers grow ten times as fast": ("--set", "multiplier_lr=0.001"),
+    "learning rate constant": (*CONSTANT,),
+    "learning rate constant, multipliers grow three times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0003"),
+    "learning rate constant, multipliers grow ten times as fast": (*CONSTANT, "--set", "multiplier_lr=0.001"),
+    "learning rate constant, no multipliers, no window": (*CONSTANT, "--method", "straight-through"),
     "scales fixed": ("--set", "learn_scales=false"),
     "one scale for each layer": ("--set", "scale_granularity=layer"),
     "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
@@ -56,7 +64,7 @@ def main() -> None:
 
 
 def table(epochs: int, constraints: list[str]) -> str:
-    """All results so far in Markdown: the share of held-out pictures with the original's answer, and the mean
+    """The rows that have results, in Markdown: the share of held-out pictures with the original's answer, and the mean
     cross-entropy, which still tells where answers hardly differ.
     """
     lines = [
@@ -65,23 +73,24 @@ def table(epochs: int, constraints: list[str]) -> str:
     ]
     for part in PARTS:
         cells: list[str] = []
-        for constraint in constraints:
-            runs = results(epochs, constraint, part)
+        found = [results(epochs, constraint, part) for constraint in constraints]
+        for runs in found:
             cells.append(over_seeds([run["comparison"]["agreement"] for run in runs]) if runs else "–")
             cells.append(f"{mean(run['loss'] for run in runs):.4f}" if runs else "–")
-        lines.append(f"| {part} | {' | '.join(cells)} |")
+        if any(found):
+            lines.append(f"| {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def results(epochs: int, constraint: str, part: str) -> list[dict[str, Any]]:
     """What was measured in every finished run of one row."""
-    paths = sorted(RESULTS.glob(f"{stem(epochs, constraint, part)}-*.json"))
+    paths = sorted(RESULTS.glob(f"{stem(epochs, constraint, part)}-[0-9]*.json"))
     return [json.loads(path.read_text())["test"] for path in paths]
 
 
 def stem(epochs: int, constraint: str, part: str) -> str:
     """A run's name without its seed."""
-    return f"ablation-{epochs}-{constraint}-{list(PARTS).index(part)}"
+    return f"ablation-{epochs}-{constraint}-{re.sub('[^a-z0-9]+', '-', part.lower()).strip('-')}"
 
 
 def replaced(part: str, constraint: str) -> list[str]:
