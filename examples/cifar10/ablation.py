@@ -34,6 +34,8 @@ PARTS = {
     "learning rate halved": ("--lr", "{half}"),
     "learning rate doubled": ("--lr", "{double}"),
     "batches of 64": ("--batch-size", "64"),
+    "multipliers grow a tenth as fast": ("--set", "multiplier_lr=0.00001"),
+    "multipliers grow a third as fast": ("--set", "multiplier_lr=0.00003"),
     "multipliers grow ten times as fast": ("--set", "multiplier_lr=0.001"),
     "learning rate constant": (*CONSTANT,),
     "learning rate constant, multipliers grow three times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0003"),

@@ -2,7 +2,8 @@
 
     python -m examples.cifar10.methods two-epochs
 
-``results/two-epochs*.json`` are what ``cbpq compare`` wrote; the table is printed, the picture is ``two-epochs.png``.
+``results/two-epochs*.json`` are what ``cbpq compare`` and ``parq.py`` wrote; the table is printed, the picture is
+``two-epochs.png``.
 """
 
 import argparse
