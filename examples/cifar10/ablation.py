@@ -37,7 +37,7 @@ PARTS = {
     "multipliers grow a tenth as fast": ("--set", "multiplier_lr=0.00001"),
     "multipliers grow a third as fast": ("--set", "multiplier_lr=0.00003"),
     "multipliers grow ten times as fast": ("--set", "multiplier_lr=0.001"),
-    "learning rate constant": (*CONSTANT,),
+    "learning rate constant": CONSTANT,
     "learning rate constant, multipliers grow three times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0003"),
     "learning rate constant, multipliers grow ten times as fast": (*CONSTANT, "--set", "multiplier_lr=0.001"),
     "learning rate constant, no multipliers, no window": (*CONSTANT, "--method", "straight-through"),

@@ -40,7 +40,7 @@ def groups(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[dict[str,
     """Runs by constraint and method, the best method first."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {constraint: {} for constraint in CONSTRAINTS}
     for run in runs:
-        found[run["constraint"]].setdefault(run["method"], []).append(run)
+        found.setdefault(run["constraint"], {}).setdefault(run["method"], []).append(run)
     return {
         constraint: dict(sorted(methods.items(), key=lambda item: -mean(run["score"] for run in item[1])))
         for constraint, methods in found.items()
