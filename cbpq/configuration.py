@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cbpq.errors import UsageError, did_you_mean
-from cbpq.presets import SETTINGS, TRUTH, parse_setting
+from cbpq.presets import SETTINGS, parse_setting
+from cbpq.settings import TRUTH
 
 PREFIX = "CBPQ_"
 # What a file or variable may say beside the settings of the preset, with the value where nobody says anything.

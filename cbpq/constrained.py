@@ -382,5 +382,4 @@ def bind(
     """
     kind = method_class(method)
     kind.check(levels)
-    bound = kind(**{name: getattr(settings, name) for name in kind.settings})
-    return Constrained(network, optimizer, levels, bound, settings, layers, starts)
+    return Constrained(network, optimizer, levels, kind(**settings.of(kind)), settings, layers, starts)

@@ -24,7 +24,7 @@ ROWS = (
     ("", "errors", "plain"),
     ("lazy", "inputs", "packing", "atomic", "container", "locking", "outputs", "distributed", "pictures", "transforms"),
     ("fused", "levels", "scales", "rounding", "content", "fileformat"),
-    ("methods", "presets", "configuration"),
+    ("settings", "methods", "presets", "configuration"),
     (
         "tracing",
         "uses",

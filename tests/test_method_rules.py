@@ -25,8 +25,7 @@ every_constraint = pytest.mark.parametrize("constraint", NAMES)
 def make(name: str, **given: Any) -> Any:
     """A method with its settings of preset ``paper``, but those given."""
     kind = METHODS[name]
-    settings = resolve("paper", method=name, layers=[("the test", given)]).settings
-    return kind(**{setting: getattr(settings, setting) for setting in kind.settings})
+    return kind(**resolve("paper", method=name, layers=[("the test", given)]).settings.of(kind))
 
 
 def slot_of(method: Method, weights: list[float], constraint: str, scale: float = SCALE) -> Slot:

@@ -5,14 +5,21 @@ import io
 import itertools
 import json
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_job import environment, report_of
 from torch import Tensor, nn
 
+import cbpq
+from cbpq.cli.common import method_names
 from cbpq.constrained import Constrained, bind
 from cbpq.errors import UsageError
 from cbpq.layers import LayerChoice
@@ -20,7 +27,7 @@ from cbpq.levels import CONSTRAINTS, Grid, level_set
 from cbpq.methods import METHODS, method_class
 from cbpq.methods.base import Method, Slot, Update
 from cbpq.methods.cbp import CBP
-from cbpq.presets import SETTINGS, Settings, resolve
+from cbpq.presets import Settings, resolve
 
 NAMES = (*CONSTRAINTS, "shift:3", "levels:-1,-0.3,0.5")
 STEPS = 60
@@ -229,13 +236,81 @@ def test_declarations(method: str) -> None:
     kind = method_class(method)
     assert kind.name == method
     assert kind.__doc__
-    assert set(kind.settings) <= set(SETTINGS)
-    bound = kind(**{name: getattr(Settings(), name) for name in kind.settings})
+    assert not any(isinstance(value, Field) for value in vars(kind).values())  # of a class that is no dataclass
+    bound = kind(**Settings().of(kind))
     assert json.loads(json.dumps(bound.scalars)) == bound.scalars
     assert all(isinstance(value, int | float) for value in bound.describe().values())
     weight = torch.randn(3, 2)
     for tensor in bound.start(weight).values():
         assert tensor.device == weight.device
+
+
+def test_a_methods_file_has_its_name() -> None:
+    assert method_names() == list(METHODS)
+
+
+TENTH = '''
+"""Half way to the nearest level."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cbpq.methods.base import Method
+from cbpq.settings import setting
+
+
+@dataclass(eq=False)
+class HalfWay(Method):
+    """After every step a share of the way to the nearest level."""
+
+    name: ClassVar = "half-way"
+    computes_with_levels: ClassVar = False
+    half_way_share: float = setting(0.5, 0.25, 0.25, "half-way: the share", most=1)
+
+    def start(self, latent):
+        return {}
+
+    def constrained_weight(self, slot):
+        return slot.latent
+
+    def gradient(self, slot, gradient, lr):
+        return gradient
+
+    def after_step(self, slot, lr):
+        slot.latent.lerp_(slot.grid.nearest(slot.latent), self.half_way_share)
+'''
+
+
+def test_a_new_method_is_one_file(small_job: Path) -> None:
+    shutil.copytree(Path(cbpq.__file__).parent, small_job / "copy" / "cbpq")
+    (small_job / "copy" / "cbpq" / "methods" / "half_way.py").write_text(TENTH)
+    variables = environment() | {"PYTHONPATH": str(small_job / "copy"), "CBPQ_HALF_WAY_SHARE": "0.125"}
+    program = (sys.executable, "-m", "cbpq", "quantize")
+    text = subprocess.run((*program, "--help"), env=variables, capture_output=True, text=True, check=True).stdout
+    assert "half-way" in text
+    flags = (
+        "net.safetensors",
+        "--data",
+        "a.npz",
+        "--method",
+        "half-way",
+        "-c",
+        "ternary",
+        "--epochs",
+        "1",
+        "-o",
+        "out",
+    )
+    done = subprocess.run((*program, *flags), env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = report_of("out")
+    assert report["method"] == "half-way"
+    assert report["settings"]["half_way_share"] == {"value": 0.125, "from": "environment"}
+    wrong = subprocess.run(
+        (*program, *flags, "--overwrite", "--set", "half_way_share=2"), env=variables, capture_output=True, text=True
+    )
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "setting half_way_share: '2' from --set must be between 0 and 1" in wrong.stderr
 
 
 def test_unknown_method() -> None:
@@ -246,7 +321,6 @@ def test_unknown_method() -> None:
 def test_base_class_asks_for_nothing() -> None:
     class Plain(Method):
         name = "plain"
-        settings = ()
 
         def start(self, latent: Tensor) -> dict[str, Tensor]:
             return {}
@@ -338,8 +412,7 @@ class ScalarCBP:
 
 
 def cbp(**given: Any) -> CBP:
-    values = {name: getattr(resolve("paper").settings, name) for name in CBP.settings}
-    return CBP(**{**values, **given})
+    return CBP(**resolve("paper").settings.of(CBP) | given)
 
 
 # falling, a stall, an equal value (which is one too), long falls that only patience ends, noise, never a number

@@ -1,6 +1,5 @@
 """Settings: every value of every preset, where values come from, and what is refused."""
 
-import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -13,8 +12,10 @@ from cbpq.configuration import CHOICES, combine, from_environment, parse_assignm
 from cbpq.errors import UsageError
 from cbpq.levels import CONSTRAINTS, level_set
 from cbpq.methods import METHODS
+from cbpq.methods.cbp import CBP
 from cbpq.planning import Plan
-from cbpq.presets import PAPER_METHODS, PAPER_MODELS, PRESETS, SETTINGS, Settings, paper_model, parse_setting, resolve
+from cbpq.presets import PAPER_MODELS, PRESETS, SETTINGS, SHARED, Settings, paper_model, parse_setting, resolve
+from cbpq.settings import settings_of
 from cbpq.summary import settings_toml
 
 EVERY_PRESET = pytest.mark.parametrize("preset", PRESETS)
@@ -35,10 +36,10 @@ def test_every_setting_stands_in_the_table_whole(name: str) -> None:
         assert choice in entry.metadata["help"] or name.startswith(("scale", "lr", "multiplier"))
 
 
-def test_every_setting_of_a_method_is_a_setting() -> None:
-    for method in METHODS.values():
-        assert set(method.settings) <= SETTINGS.keys()
-    assert not SETTINGS.keys() & CHOICES.keys()
+def test_every_name_means_one_thing() -> None:
+    names = [*SHARED, *CHOICES, *(name for method in METHODS.values() for name in settings_of(method))]
+    assert len(set(names)) == len(names)
+    assert set(names) == SETTINGS.keys() | CHOICES.keys()
 
 
 # The published recipe: rates for binary and ternary | for the shift constraints, batch size, decay, multipliers
@@ -63,7 +64,7 @@ def test_paper_preset_per_model(architecture: str, size: int, constraint: str) -
     resolved = resolve("paper", architecture=architecture, input_size=size, constraint=constraint)
     settings = resolved.settings
     assert settings.lr == rates["shift" in constraint]
-    assert (settings.batch_size, settings.weight_decay, settings.multiplier_lr) == (
+    assert (settings.batch_size, settings.weight_decay, settings.of_methods["multiplier_lr"]) == (
         batch_size,
         weight_decay,
         multiplier_lr,
@@ -76,32 +77,37 @@ def test_paper_preset_per_model(architecture: str, size: int, constraint: str) -
 
 
 def test_paper_preset_is_the_published_recipe() -> None:
-    settings = resolve("paper").settings
-    assert dataclasses.asdict(settings) | {
-        "optimizer": "sgd",
-        "lr_schedule": "constant",
-        "warmup": 0.0,
-        "momentum": 0.9,
-        "distillation": 0.0,
-        "scale_rule": "mean-abs",
-        "scale_granularity": "layer",
-        "learn_scales": False,
-        "multiplier_schedule": "lagrangian",
-        "patience": 20,
-        "gradient_clip": 1.0,
-        "clamp": 1.0,
-        "lr_drop": 0.1,
-        "batchnorm_batches": 0,
-    } == dataclasses.asdict(settings)
+    settings = resolve("paper").settings.to_dict()
+    assert (
+        settings
+        | {
+            "optimizer": "sgd",
+            "lr_schedule": "constant",
+            "warmup": 0.0,
+            "momentum": 0.9,
+            "distillation": 0.0,
+            "scale_rule": "mean-abs",
+            "scale_granularity": "layer",
+            "learn_scales": False,
+            "multiplier_schedule": "lagrangian",
+            "patience": 20,
+            "gradient_clip": 1.0,
+            "clamp": 1.0,
+            "lr_drop": 0.1,
+            "batchnorm_batches": 0,
+        }
+        == settings
+    )
     assert set(PAPER_MODELS) == {"alexnet", "resnet18", "resnet50", "cifar"}
 
 
 def test_every_method_has_its_papers_settings() -> None:
-    assert set(PAPER_METHODS) == METHODS.keys() - {"cbp"}
-    for method, values in PAPER_METHODS.items():
-        assert values.keys() <= SETTINGS.keys()
+    for method, kind in METHODS.items():
+        values = kind.paper
+        assert bool(values) == (method != "cbp")  # which has PAPER_MODELS
+        assert values.keys() <= SHARED.keys()
         resolved = resolve("paper", method=method, layers=[("you", {"seed": 3})])
-        assert {resolved.origins[name] for name in values} == {f"preset paper, method {method}"}
+        assert {resolved.origins[name] for name in values} <= {f"preset paper, method {method}"}
         for preset in ("default", "little-data"):
             assert resolve(preset, method=method) == resolve(preset)
     assert resolve("paper", method="cbp") == resolve("paper")
@@ -116,8 +122,12 @@ def test_default_preset_is_the_short_recipe() -> None:
     assert settings.learn_scales
     assert settings.distillation > 0
     assert 0 < settings.warmup < 1
-    choices = (settings.scale_rule, settings.scale_granularity, settings.lr_schedule, settings.multiplier_schedule)
-    assert choices == ("least-squares", "channel", "cosine", "progress")
+    assert (settings.scale_rule, settings.scale_granularity, settings.lr_schedule) == (
+        "least-squares",
+        "channel",
+        "cosine",
+    )
+    assert settings.of(CBP)["multiplier_schedule"] == "progress"
 
 
 def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:

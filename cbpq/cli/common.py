@@ -1,6 +1,7 @@
 """What the commands share: options spelt once, consoles, JSON output, progress and gates."""
 
 import json
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,13 @@ DATA = "Data"
 RUN = "Running"
 OUTPUT = "Output"
 GATES = "Gates (exit code 3 when missed)"
+
+
+def method_names() -> list[str]:
+    """Names of the methods, which are their files', so that help does without torch."""
+    files = pkgutil.iter_modules([str(Path(__file__).parents[1] / "methods")])
+    return [file.name.replace("_", "-") for file in files if file.name != "base"]
+
 
 Weights = Annotated[
     Path | None,

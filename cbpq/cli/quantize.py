@@ -42,6 +42,7 @@ from cbpq.cli.common import (
     check_gates,
     check_labels_for_gates,
     input_overrides,
+    method_names,
     note,
     print_json,
     stderr,
@@ -83,7 +84,7 @@ def command(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="How weights are led there: cbp, straight-through, proxquant, adaste (two levels) or askewsgd.",
+            help=f"How weights are led there: {', '.join(method_names())}; cbp by default.",
             rich_help_panel=CONSTRAINT,
         ),
     ] = None,

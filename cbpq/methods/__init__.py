@@ -1,27 +1,25 @@
 """How weights are led to their levels: one file for each published method.
 
-A new method is one file with a subclass of ``Method``, and its line in METHODS. Settings of its own stand with all
-others in ``cbpq.presets``, and those of its paper in PAPER_METHODS there.
+A new method is a new file here, of the method's name, with a subclass of ``Method`` and its settings; nothing else has
+to know of it.
 """
 
-from cbpq.errors import UsageError, did_you_mean
-from cbpq.methods.adaste import AdaSTE
-from cbpq.methods.askewsgd import AskewSGD
-from cbpq.methods.base import Method
-from cbpq.methods.cbp import CBP
-from cbpq.methods.proxquant import ProxQuant
-from cbpq.methods.straight_through import StraightThrough
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        CBP,
-        StraightThrough,
-        ProxQuant,
-        AdaSTE,
-        AskewSGD,
-    )
-}
+from cbpq.errors import UsageError, did_you_mean
+from cbpq.methods.base import Method
+
+
+def _methods() -> Iterator[type[Method]]:
+    for file in iter_modules(__path__, f"{__name__}."):
+        for thing in vars(import_module(file.name)).values():
+            if isinstance(thing, type) and issubclass(thing, Method) and hasattr(thing, "name"):
+                yield thing
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in _methods()}
 
 
 def method_class(name: str) -> type[Method]:

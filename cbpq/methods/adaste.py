@@ -34,7 +34,8 @@ h < 1, and applies (2) only where |∂C/∂w*| > 1e-3.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,30 +43,28 @@ from torch import Tensor
 from cbpq.errors import UsageError
 from cbpq.levels import LevelSet
 from cbpq.methods.base import Method, Slot, State, Update
+from cbpq.settings import setting
 
 
+@dataclass(eq=False)
 class AdaSTE(Method):
-    """The adaptive straight-through estimator, for two levels.
+    """The adaptive straight-through estimator, for two levels."""
 
-    Args:
-        adaste_margin: α.
-        adaste_coupling: μ at first.
-        adaste_full: share of the budget after which μ = 1/α.
-        adaste_flip_bound: bound on the gradient's factor toward the other level.
-    """
+    name: ClassVar = "adaste"
+    computes_with_levels: ClassVar = False
+    paper: ClassVar = {"epochs": 700, "batch_size": 128, "lr": 3e-4, "lr_schedule": "cosine", "weight_decay": 0.0}
 
-    name: ClassVar[str] = "adaste"
-    computes_with_levels: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ("adaste_margin", "adaste_coupling", "adaste_full", "adaste_flip_bound")
+    adaste_margin: float = setting(
+        0.01, 0.01, 0.01, "adaste: α, how far beyond the levels they attract a weight", least=1e-6
+    )
+    adaste_coupling: float = setting(0.01, 0.01, 0.01, "adaste: μ at first, the attraction's strength", least=1e-6)
+    adaste_full: float = setting(
+        0.27, 0.27, 0.27, "adaste: share of the budget after which the attraction is full, μ = 1/α", least=1e-6
+    )
+    adaste_flip_bound: float = setting(0.5, 0.5, 0.5, "adaste: bound on a gradient's factor toward the other level")
 
-    def __init__(
-        self, *, adaste_margin: float, adaste_coupling: float, adaste_full: float, adaste_flip_bound: float
-    ) -> None:
-        self.margin = adaste_margin
-        self.first_coupling = adaste_coupling
-        self.full_at = adaste_full
-        self.flip_bound = adaste_flip_bound
-        self.scalars: dict[str, Any] = {"progress": 0.0}
+    def __post_init__(self) -> None:
+        self.scalars = {"progress": 0.0}
 
     @classmethod
     def check(cls, levels: LevelSet) -> None:
@@ -83,9 +82,9 @@ class AdaSTE(Method):
     @property
     def coupling(self) -> float:
         """μ at this point of the budget."""
-        full = 1 / self.margin
-        share = self.scalars["progress"] / self.full_at
-        return full if share >= 1 else min(full, self.first_coupling * (full / self.first_coupling) ** share)
+        first, full = self.adaste_coupling, 1 / self.adaste_margin
+        share = self.scalars["progress"] / self.adaste_full
+        return full if share >= 1 else min(full, first * (full / first) ** share)
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """w* of equation (1)."""
@@ -98,7 +97,7 @@ class AdaSTE(Method):
         side, distance, _, _ = _in_units(slot)
         outward = (~self._reached(distance)).to(gradient) / (1 + self.coupling)
         jump = self._height(distance) + self._height(distance.new_zeros(()))
-        flip = (jump / distance).clamp_(max=self.flip_bound)
+        flip = (jump / distance).clamp_(max=self.adaste_flip_bound)
         return gradient.mul_(torch.where(gradient * side > 0, flip, outward))
 
     def after_step(self, slot: Slot, lr: float) -> None:
@@ -113,11 +112,11 @@ class AdaSTE(Method):
     def _height(self, distance: Tensor) -> Tensor:
         """h of equation (1)."""
         coupling = self.coupling
-        return ((distance + coupling * (1 + self.margin)) / (1 + coupling)).clamp_(max=1)
+        return ((distance + coupling * (1 + self.adaste_margin)) / (1 + coupling)).clamp_(max=1)
 
     def _reached(self, distance: Tensor) -> Tensor:
         """Where h = 1."""
-        return distance >= 1 - self.coupling * self.margin
+        return distance >= 1 - self.coupling * self.adaste_margin
 
     def describe(self) -> Mapping[str, float]:
         """The attraction μ."""

@@ -32,34 +32,36 @@ where levels have equal distances; weights beyond the outer levels are not clipp
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cbpq.methods.base import Method, Slot, State, Update
+from cbpq.settings import setting
 
 FAR = 1e3  # in units of the levels' distance; t⁴ has to stay in float32's range, whatever the scale
 
 
+@dataclass(eq=False)
 class AskewSGD(Method):
-    """Annealed interval constraints, for any levels.
+    """Annealed interval constraints, for any levels."""
 
-    Args:
-        askewsgd_rate: κ.
-        askewsgd_free: share of the budget in which ε = 1.
-        askewsgd_end: ε at the end of the budget.
-    """
+    name: ClassVar = "askewsgd"
+    computes_with_levels: ClassVar = False
+    paper: ClassVar = {"epochs": 300, "batch_size": 256, "lr": 0.1}
 
-    name: ClassVar[str] = "askewsgd"
-    computes_with_levels: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ("askewsgd_rate", "askewsgd_free", "askewsgd_end")
+    askewsgd_rate: float = setting(1.0, 1.0, 1.0, "askewsgd: κ, how fast a weight returns to its interval")
+    askewsgd_free: float = setting(
+        1 / 3, 0.1, 0.1, "askewsgd: share of the budget in which all weights between the outer levels are free", most=1
+    )
+    askewsgd_end: float = setting(
+        3.5e-5, 3.5e-5, 3.5e-5, "askewsgd: ε at the end of the budget, 1 being free", least=1e-12, most=1
+    )
 
-    def __init__(self, *, askewsgd_rate: float, askewsgd_free: float, askewsgd_end: float) -> None:
-        self.rate = askewsgd_rate
-        self.free = askewsgd_free
-        self.end = askewsgd_end
-        self.scalars: dict[str, Any] = {"relaxation": 1.0}
+    def __post_init__(self) -> None:
+        self.scalars = {"relaxation": 1.0}
 
     def start(self, latent: Tensor) -> State:
         """Nothing."""
@@ -76,7 +78,7 @@ class AskewSGD(Method):
         inside = t * (1 - t)
         constraint = self.scalars["relaxation"] - 16 * inside.square()
         slope = -32 * inside * (1 - 2 * t) / width
-        velocity = -self.rate * constraint / slope
+        velocity = -self.askewsgd_rate * constraint / slope
         follows = (constraint >= 0) | (slope == 0)
         # (−g) K > K² without the square, which would leave float32's range for weights of 1e-20
         follows |= (gradient.sign() == -velocity.sign()) & (gradient.abs() > velocity.abs())
@@ -90,8 +92,8 @@ class AskewSGD(Method):
 
     def advance(self, progress: float, slots: Iterable[Slot]) -> Update:
         """ε stays 1 for a while, then falls geometrically to its end."""
-        share = max(0.0, progress - self.free) / max(1 - self.free, 1e-9)
-        self.scalars["relaxation"] = min(self.scalars["relaxation"], self.end**share)
+        share = max(0.0, progress - self.askewsgd_free) / max(1 - self.askewsgd_free, 1e-9)
+        self.scalars["relaxation"] = min(self.scalars["relaxation"], self.askewsgd_end**share)
         return Update()
 
     def describe(self) -> Mapping[str, float]:

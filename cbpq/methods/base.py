@@ -7,7 +7,7 @@ live in a plain dictionary, its scalars in a plain dictionary too, so that savin
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -50,20 +50,23 @@ class Update:
     lagrangian: float | None = None
 
 
+@dataclass(eq=False)
 class Method(ABC):
-    """How weights are led to their levels. Subclasses are listed in ``cbpq.methods.METHODS``.
+    """How weights are led to their levels. A subclass is a dataclass too, whose fields are settings of its own, each a
+    ``cbpq.settings.setting`` of a name that no other method has.
 
     What a method does to a weight must depend on that weight alone, since tensors come to it in pieces.
     """
 
     name: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]]
-    """Names of the settings (see ``cbpq.presets``) that the constructor takes as keywords."""
+
+    paper: ClassVar[Mapping[str, Any]] = {}
+    """What preset ``paper`` has for this method in place of the settings of CBP's paper that all methods share."""
 
     computes_with_levels: ClassVar[bool] = True
     """Whether ``constrained_weight`` is the nearest level: False for a method that has one of its own."""
 
-    scalars: dict[str, Any]
+    scalars: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
     """Everything the method remembers that is no tensor; plain numbers, so that it can be saved."""
 
     @classmethod  # noqa: B027  # most methods cover every level set

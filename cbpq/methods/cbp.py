@@ -33,7 +33,8 @@ level); from one update to the next, λ's Adam moments (of the second, the root)
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,60 +43,38 @@ from cbpq.errors import UsageError
 from cbpq.fused import fused
 from cbpq.levels import Grid, total
 from cbpq.methods.base import Method, Slot, State, Update
+from cbpq.settings import setting
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants, as published
 NO_PREVIOUS = 1e10
 LR_DROP_AT_WINDOW = 20
 
 
+@dataclass(eq=False)
 class CBP(Method):
-    """Constrained backpropagation.
+    """Constrained backpropagation, for any levels."""
 
-    Args:
-        multiplier_lr: step size of the ascent in λ; Adam makes a violating weight's λ grow by up to this much per
-            update.
-        multiplier_schedule: ``lagrangian`` or ``progress``, see above.
-        patience: p_max, epochs (``lagrangian``).
-        multiplier_updates: number of ascent steps in the whole budget (``progress``).
-        window_close: share of the budget after which there is no window any more (``progress``).
-        gradient_clip: bound on each component of the Lagrangian's gradient, or 0 for none.
-        clamp: bound on |w| after a step, or 0 for none.
-        lr_drop: factor on the learning rate when g reaches 20 (``lagrangian``).
-    """
+    name: ClassVar = "cbp"
 
-    name: ClassVar[str] = "cbp"
-    settings: ClassVar[tuple[str, ...]] = (
-        "multiplier_lr",
-        "multiplier_schedule",
-        "patience",
-        "multiplier_updates",
-        "window_close",
-        "gradient_clip",
-        "clamp",
-        "lr_drop",
+    multiplier_lr: float = setting(
+        1e-4, 1e-4, 1e-4, "step size of the ascent in the multipliers: the most that one grows by in an update"
     )
+    multiplier_schedule: str = setting(
+        "lagrangian", "progress", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
+    )
+    patience: int = setting(20, 20, 20, "p_max, epochs between multiplier updates (schedule lagrangian)", least=1)
+    multiplier_updates: int = setting(50, 50, 50, "multiplier updates in the whole budget (schedule progress)")
+    window_close: float = setting(
+        0.9, 0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
+    )
+    gradient_clip: float = setting(
+        1.0, 1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none"
+    )
+    clamp: float = setting(1.0, 0.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
+    lr_drop: float = setting(0.1, 0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
 
-    def __init__(
-        self,
-        *,
-        multiplier_lr: float,
-        multiplier_schedule: str,
-        patience: int,
-        multiplier_updates: int,
-        window_close: float,
-        gradient_clip: float,
-        clamp: float,
-        lr_drop: float,
-    ) -> None:
-        self.multiplier_lr = multiplier_lr
-        self.follows_lagrangian = multiplier_schedule == "lagrangian"
-        self.patience = patience
-        self.multiplier_updates = multiplier_updates
-        self.window_close = window_close
-        self.gradient_clip = gradient_clip
-        self.clamp = clamp
-        self.lr_drop = lr_drop
-        self.scalars: dict[str, Any] = {
+    def __post_init__(self) -> None:
+        self.scalars = {
             "window": 1.0,
             "ascents": 0,
             "due": 0,
@@ -103,6 +82,11 @@ class CBP(Method):
             "previous": NO_PREVIOUS,
             "penalty_sum": 0.0,  # Σ λ cs over the batches of this epoch
         }
+
+    @property
+    def follows_lagrangian(self) -> bool:
+        """Whether the schedule is the published one."""
+        return self.multiplier_schedule == "lagrangian"
 
     def start(self, latent: Tensor) -> State:
         """λ and its two Adam moments, all zero. The moments rest in half the memory from one update to the next."""

@@ -25,7 +25,8 @@ every step instead of every epoch; where levels are ±1 in the paper, they have 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,24 +34,26 @@ from torch.nn.functional import softshrink
 
 from cbpq.levels import total
 from cbpq.methods.base import Method, Slot, State, Update
+from cbpq.settings import setting
 
 
+@dataclass(eq=False)
 class ProxQuant(Method):
-    """Proximal steps toward the nearest level, for any levels.
+    """Proximal steps toward the nearest level, for any levels."""
 
-    Args:
-        proxquant_strength: λ at the end of the budget.
-        proxquant_freeze: share of the budget after which weights stay on their levels.
-    """
+    name: ClassVar = "proxquant"
+    computes_with_levels: ClassVar = False
+    paper: ClassVar = {"epochs": 300, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.0}
 
-    name: ClassVar[str] = "proxquant"
-    computes_with_levels: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ("proxquant_strength", "proxquant_freeze")
+    proxquant_strength: float = setting(
+        0.03, 0.03, 0.03, "proxquant: λ, pull to the nearest level, at the end of the budget; it grows from 0"
+    )
+    proxquant_freeze: float = setting(
+        2 / 3, 2 / 3, 2 / 3, "proxquant: share of the budget after which weights stay on their levels", most=1
+    )
 
-    def __init__(self, *, proxquant_strength: float, proxquant_freeze: float) -> None:
-        self.final_strength = proxquant_strength
-        self.freeze_at = proxquant_freeze
-        self.scalars: dict[str, Any] = {"strength": 0.0, "frozen": False}
+    def __post_init__(self) -> None:
+        self.scalars = {"strength": 0.0, "frozen": False}
 
     def start(self, latent: Tensor) -> State:
         """The level, before scaling, that each weight is frozen on; it means nothing before."""
@@ -75,8 +78,8 @@ class ProxQuant(Method):
 
     def advance(self, progress: float, slots: Iterable[Slot]) -> Update:
         """λ in proportion to progress, and the end of it."""
-        self.scalars["strength"] = max(self.scalars["strength"], self.final_strength * progress)
-        if self.scalars["frozen"] or progress < self.freeze_at:
+        self.scalars["strength"] = max(self.scalars["strength"], self.proxquant_strength * progress)
+        if self.scalars["frozen"] or progress < self.proxquant_freeze:
             return Update()
         self.scalars["frozen"] = True
         for latent, grid, state, _ in slots:

@@ -22,26 +22,32 @@ The paper's settings (CIFAR-10): Adam, learning rate 0.003 falling to 2e-6, batc
 decay is exponential, which is a cosine in preset ``paper``; its squared hinge loss is cross-entropy here.
 """
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from cbpq.methods.base import Method, Slot, State
+from cbpq.settings import setting
 
 
+@dataclass(eq=False)
 class StraightThrough(Method):
-    """The straight-through estimator, for any levels.
+    """The straight-through estimator, for any levels."""
 
-    Args:
-        straight_through_bounded: keep latent weights between the outermost levels.
-    """
+    name: ClassVar = "straight-through"
+    paper: ClassVar = {
+        "epochs": 500,
+        "batch_size": 50,
+        "optimizer": "adamw",
+        "lr": 3e-3,
+        "lr_schedule": "cosine",
+        "weight_decay": 0.0,
+    }
 
-    name: ClassVar[str] = "straight-through"
-    settings: ClassVar[tuple[str, ...]] = ("straight_through_bounded",)
-
-    def __init__(self, *, straight_through_bounded: bool) -> None:
-        self.bounded = straight_through_bounded
-        self.scalars: dict[str, Any] = {}
+    straight_through_bounded: bool = setting(
+        True, False, False, "straight-through: keep latent weights between the outermost levels"
+    )
 
     def start(self, latent: Tensor) -> State:
         """Nothing."""
@@ -49,12 +55,12 @@ class StraightThrough(Method):
 
     def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
         """As it is, but none outside the range."""
-        if not self.bounded:
+        if not self.straight_through_bounded:
             return gradient
         lowest, highest = slot.grid.limits()
         return gradient.masked_fill_((slot.latent < lowest) | (slot.latent > highest), 0)
 
     def after_step(self, slot: Slot, lr: float) -> None:
         """Equation (2)."""
-        if self.bounded:
+        if self.straight_through_bounded:
             slot.latent.copy_(slot.latent.clamp(*slot.grid.limits()))
