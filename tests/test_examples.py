@@ -378,11 +378,12 @@ def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
 
 
+@pytest.mark.parametrize("budget", ["two-epochs", "ten-epochs"])
 def test_the_methods_table_is_that_of_the_raw_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = script("cifar10.methods")
-    monkeypatch.setattr(sys, "argv", ["methods", "two-epochs", "-o", str(tmp_path / "picture.png")])
+    monkeypatch.setattr(sys, "argv", ["methods", budget, "-o", str(tmp_path / "picture.png")])
     methods.main()
     assert capsys.readouterr().out in (EXAMPLES / "cifar10" / "README.md").read_text()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
