@@ -18,7 +18,7 @@ symbol        here                    meaning
 ============  ======================  ===============================================================
 θ             ``slot.latent``         latent weight
 w*            ``constrained_weight``  what the network computes with
-α             ``margin``              how far beyond the levels they attract
+α             ``adaste_margin``       how far beyond the levels they attract
 μ             ``coupling``            grows geometrically with progress, up to 1/α
 ============  ======================  ===============================================================
 

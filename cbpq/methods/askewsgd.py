@@ -17,7 +17,7 @@ symbol        here                 meaning
 ============  ===================  ==================================================================
 w             ``slot.latent``      the weight, which is real until the end
 ε             ``relaxation``       1, and from some point on falling geometrically with progress
-κ             ``rate``             how fast a weight returns to its interval
+κ             ``askewsgd_rate``    how fast a weight returns to its interval
 ============  ===================  ==================================================================
 
 So no projection is made, and a weight may be outside for a while. ε and K are the paper's: (1) is 16 times its

@@ -52,8 +52,9 @@ class Update:
 
 @dataclass(eq=False)
 class Method(ABC):
-    """How weights are led to their levels. A subclass is a dataclass too, whose fields are settings of its own, each a
-    ``cbpq.settings.setting`` of a name that no other method has.
+    """How weights are led to their levels. A subclass is a dataclass too, whose fields are settings of its own, each of
+    a name that no other method has: ``cbpq.settings.setting``, with the values of presets ``paper``, ``default`` and
+    ``little-data``.
 
     What a method does to a weight must depend on that weight alone, since tensors come to it in pieces.
     """
