@@ -6,6 +6,7 @@ to know of it.
 
 from collections.abc import Iterator
 from importlib import import_module
+from inspect import isabstract
 from pkgutil import iter_modules
 
 from cbpq.errors import UsageError, did_you_mean
@@ -15,7 +16,7 @@ from cbpq.methods.base import Method
 def _methods() -> Iterator[type[Method]]:
     for file in iter_modules(__path__, f"{__name__}."):
         for thing in vars(import_module(file.name)).values():
-            if isinstance(thing, type) and issubclass(thing, Method) and hasattr(thing, "name"):
+            if isinstance(thing, type) and issubclass(thing, Method) and not isabstract(thing):
                 yield thing
 
 
