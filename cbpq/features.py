@@ -34,13 +34,13 @@ class FeaturePair:
         self._own.clear()
         self._teachers.clear()
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Relative squared difference of the outputs (logits), plus its mean over the blocks."""
+    def loss(self, output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+        """Relative squared difference of the outputs (logits), plus its mean over the blocks, times ``weight``."""
         pairs = [(output, target), *((self._own[path], self._teachers[path]) for path in self._paths)]
         # of all processes, so that their mean loss is that of the whole batch
         energies = distributed.mean(torch.stack([energy(target) for _, target in pairs]))
         total, *terms = (relative_error(*pair, divisor) for pair, divisor in zip(pairs, energies, strict=True))
-        return total + torch.stack(terms).mean() if terms else total
+        return total + weight * torch.stack(terms).mean() if terms else total
 
 
 def _keeping(kept: dict[str, Tensor], path: str) -> Callable[[nn.Module, object, Tensor], None]:

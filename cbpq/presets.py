@@ -81,6 +81,9 @@ class Settings:
         "squared difference (features)",
         choices=("kl", "features"),
     )
+    blocks_fade: bool = setting(
+        False, False, False, "let the blocks' part of it (features) fall along the budget, linearly, to nothing"
+    )
     # normalisation
     batchnorm: str = setting(
         "batch",

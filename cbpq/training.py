@@ -254,7 +254,8 @@ def take_step(run: Training, batch: Batch) -> float:
             target = logits(run.teacher(images)) if run.teacher is not None else None
         difference = None
         if run.features is not None and target is not None:
-            difference = run.features.loss(logits(output), target)
+            weight = 1 - run.progress if run.settings.blocks_fade else 1.0
+            difference = run.features.loss(logits(output), target, weight)
         loss = loss_of(logits(output), labels, target, run.settings, difference)
         for auxiliary in auxiliary_logits(output):
             loss = loss + AUXILIARY_WEIGHT * loss_of(auxiliary, labels, target, run.settings)

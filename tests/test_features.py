@@ -64,6 +64,7 @@ def test_logits_count_like_all_blocks_together() -> None:
     teacher(images())
     blocks = float(pair.loss(SAME, SAME).detach())
     assert float(pair.loss(2 * SAME, 3 * SAME).detach()) == pytest.approx(blocks + 1 / 9)
+    assert float(pair.loss(2 * SAME, 3 * SAME, 0.25).detach()) == pytest.approx(blocks / 4 + 1 / 9)
 
 
 def test_the_same_network_loses_nothing() -> None:
@@ -140,13 +141,11 @@ def test_removed_means_that_nothing_is_left() -> None:
 # In training
 
 
-def run_of(folder: Path, compared: str) -> Run:
+def run_of(folder: Path, compared: str, **settings: object) -> Run:
     """A run on a small network, not begun."""
     path = folder / "net.safetensors"
     loaded = load_model(str(path if path.exists() else write_network(path, steps=20, **ALL_FOUR)))
-    settings = resolve(
-        "little-data", layers=[("the test", {"distillation_loss": compared, "epochs": 1, "batch_size": 16})]
-    ).settings
+    chosen = {"distillation_loss": compared, "epochs": 1, "batch_size": 16} | settings
     data = load_data(
         str(write_arrays(folder / "data.npz")), loaded.info.input_spec, loaded.num_classes, batch_size=16, seed=0
     )
@@ -157,7 +156,7 @@ def run_of(folder: Path, compared: str) -> Run:
         data.train,
         levels=level_set("ternary"),
         method="cbp",
-        settings=settings,
+        settings=resolve("little-data", layers=[("the test", chosen)]).settings,
         layers=layers,
         device=torch.device("cpu"),
     )
@@ -180,3 +179,20 @@ def test_training_lowers_it_and_leaves_no_hooks(tmp_path: Path) -> None:
     assert losses(without)[0] != with_features[0]
     finish(run)
     assert hooks(run.model, run.teacher) == 0
+
+
+def test_blocks_fade_along_the_budget(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "features", blocks_fade=True)
+    assert run.features is not None
+    whole, weights = run.features.loss, []
+
+    def noting(output: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+        weights.append(weight)
+        return whole(output, target, weight)
+
+    run.features.loss = noting  # type: ignore[method-assign]  # to see what training asks for
+    fading = losses(run)
+    assert weights == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    constant = losses(run_of(tmp_path, "features"))
+    assert fading[0] == constant[0]
+    assert fading[-1] < constant[-1]

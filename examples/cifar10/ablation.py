@@ -45,6 +45,7 @@ PARTS = {
     "one scale for each layer": ("--set", "scale_granularity=layer"),
     "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
     "BatchNorm statistics not re-estimated": ("--set", "batchnorm_batches=0"),
+    "the blocks' part of the loss fades out": ("--set", "blocks_fade=true"),
 }
 
 

@@ -4,6 +4,8 @@
 halves the picture, the shortcut takes every second pixel and pads the missing channels with zeros (option A).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -55,7 +57,7 @@ class CifarResNet(nn.Module):
         return logits
 
 
-INPUT_SPEC = {
+INPUT_SPEC: dict[str, Any] = {
     "channels": 3,
     "height": 32,
     "width": 32,
