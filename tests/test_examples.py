@@ -189,6 +189,35 @@ def test_the_small_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert {f"blocks.{block}.attn.{part}.weight" for block in range(3)} <= constrained["transformer"].keys()
 
 
+def test_an_original_to_tune_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, generator = script("cifar10.original"), np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    labels = generator.integers(0, 10, (60, 1))
+    np.savez(tmp_path / "all.npz", train_images=images, train_labels=labels)
+    monkeypatch.setattr(module, "TRAIN", 48)
+    arguments = ["original.py", "--data", str(tmp_path / "all.npz"), "--epochs", "1", "-o", str(tmp_path / "tuning")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    assert set(contents(tmp_path / "tuning")) == {"cifar10.npz", "resnet20.safetensors"}
+    with np.load(tmp_path / "tuning" / "cifar10.npz") as split:
+        assert np.array_equal(np.concatenate([split["train_images"], split["val_images"]]), images)
+        assert np.array_equal(np.concatenate([split["train_labels"], split["val_labels"]]), labels)
+        assert len(split["val_images"]) == 12
+    network = script("cifar10.resnet").resnet20()
+    before = network.state_dict()["layer1.0.conv1.weight"].clone()
+    network.load_state_dict(load_file(tmp_path / "tuning" / "resnet20.safetensors"), strict=True)
+    assert not torch.equal(network.state_dict()["layer1.0.conv1.weight"], before)
+
+
+def test_trials_stand_in_the_table_as_they_were_measured() -> None:
+    folder = EXAMPLES / "cifar10"
+    text = (folder / "README.md").read_text()
+    for run in json.loads((folder / "results" / "five-epochs-trials.json").read_text())["runs"]:
+        held_out = run["held_out"]
+        row = f"| {held_out['top1']:.2f} % | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.3f} |"
+        assert row in text, run["what"]
+
+
 def test_the_small_networks_depend_on_the_seed_alone(digits: ModuleType) -> None:
     recipe = script("digits.small_networks").RECIPES["transformer"]
     images, labels = digits.read(EXAMPLES / "digits" / "digits.npz", "train", recipe.side)
