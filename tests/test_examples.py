@@ -212,10 +212,12 @@ def test_an_original_to_tune_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_trials_stand_in_the_table_as_they_were_measured() -> None:
     folder = EXAMPLES / "cifar10"
     text = (folder / "README.md").read_text()
-    for run in json.loads((folder / "results" / "five-epochs-trials.json").read_text())["runs"]:
+    for run in json.loads((folder / "results" / "tuning-trials.json").read_text())["runs"]:
         held_out = run["held_out"]
         row = f"| {held_out['top1']:.2f} % | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.3f} |"
         assert row in text, run["what"]
+    for run in json.loads((folder / "results" / "fading-ten-epochs-bfloat16-cbp.json").read_text())["runs"]:
+        assert f"| 1 | {run['score']:.2f} % | {run['agreement']:.2f} % |" in text
 
 
 def test_the_small_networks_depend_on_the_seed_alone(digits: ModuleType) -> None:
