@@ -2,9 +2,9 @@
 
     python -m examples.cifar10.original --data cifar10.npz -o tuning
 
-Public checkpoints have learned all 50,000 by heart, so pictures held out from them show nothing of what the test images
-will. Here they do. Writes ``tuning/resnet20.safetensors`` and ``tuning/cifar10.npz``, the 45,000 as its training split
-and the 5,000 as its validation split; the test images are not looked at.
+Public checkpoints have learned all 50,000 by heart, so pictures held out from them show little of what the test images
+will; here they are as new as those. Writes ``tuning/resnet20.safetensors`` and ``tuning/cifar10.npz``, the 45,000 as
+its training split and the 5,000 as its validation split; the test images are not looked at.
 """
 
 import argparse
