@@ -215,8 +215,10 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
     for run in json.loads((folder / "results" / "tuning-trials.json").read_text())["runs"]:
         held_out = run["held_out"]
         row = f"| {held_out['top1']:.2f} % | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.3f} |"
+        row += f" {run['kl']['held_out']:.4f} | {run['kl']['seen']:.4f} |"
         assert row in text, run["what"]
-    for run in json.loads((folder / "results" / "fading-ten-epochs-bfloat16-cbp.json").read_text())["runs"]:
+    for name in ("fading", "cold"):
+        (run,) = json.loads((folder / "results" / f"{name}-ten-epochs-bfloat16-cbp.json").read_text())["runs"]
         assert f"| 1 | {run['score']:.2f} % | {run['agreement']:.2f} % |" in text
 
 
