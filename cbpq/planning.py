@@ -175,6 +175,7 @@ def plan(
         input_size=max(spec.height, spec.width),
         constraint=levels.name,
         method=method,
+        images=loaded_data.train.images if loaded_data is not None and loaded_data.train is not None else 0,
         layers=settings,
     )
     if loaded_data is not None:

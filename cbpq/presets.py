@@ -8,6 +8,7 @@ the stronger, from the preset, the preset's line for the model or method, a conf
 the caller (flags, keywords).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,7 @@ class Settings:
         choices=("kl", "features"),
     )
     blocks_fade: bool = setting(
-        False, False, False, "let the blocks' part of it (features) fall along the budget, linearly, to nothing"
+        False, True, False, "let the blocks' part of it (features) fall along the budget, linearly, to nothing"
     )
     # normalisation
     batchnorm: str = setting(
@@ -143,6 +144,8 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Finer levels are nearer to the start, and larger steps lead away from there first.
 DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
+# Noise carries a weight a distance that grows with lr · √steps, so that a longer budget takes smaller steps.
+DEFAULT_LR_STEPS = 500
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
 # three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}
@@ -171,6 +174,7 @@ def resolve(
     input_size: int = 224,
     constraint: str = "",
     method: str = "cbp",
+    images: int = 0,
     layers: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Resolved:
     """Settings of a preset, overridden by ``layers``.
@@ -181,6 +185,8 @@ def resolve(
         input_size: the larger of height and width, in pixels, for the same.
         constraint: its name, for the same.
         method: its name: preset ``paper`` is that method's published recipe.
+        images: training pictures, for the learning rate of preset ``default``: above DEFAULT_LR_STEPS steps in all it
+            falls with the square root of their number. 0 where that is not known.
         layers: (origin, values) from the weakest to the strongest; values may be strings, as environment variables are.
 
     Raises:
@@ -216,6 +222,10 @@ def resolve(
             lay("preset little-data, large inputs", LITTLE_DATA_LARGE)
     for origin, mapping in layers:
         lay(origin, mapping)
+    steps = values["epochs"] * max(images, values["epoch_images"]) / values["batch_size"]
+    if preset == "default" and origins["lr"].startswith("preset") and steps > DEFAULT_LR_STEPS:
+        lr = values["lr"] * math.sqrt(DEFAULT_LR_STEPS / steps)
+        lay("preset default, long budget", {"lr": float(f"{lr:.2g}")})
     own = {name: values.pop(name) for name in OF_METHODS}
     return Resolved(preset, Settings(**values, of_methods=own), origins)
 

@@ -139,6 +139,33 @@ def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:
     assert resolve("default", constraint="two-bit-shift", layers=[("you", {"lr": 0.1})]).settings.lr == 0.1
 
 
+@pytest.mark.parametrize(
+    ("epochs", "images", "given", "lr"),
+    [
+        (10, 0, {}, 2e-3),  # how many pictures there are is not known
+        (20, 1438, {}, 2e-3),  # 225 steps
+        (1, 64_000, {}, 2e-3),  # 500 steps, the most for which it is whole
+        (2, 50_000, {}, 1.6e-3),  # 781 steps
+        (10, 50_000, {}, 7.2e-4),
+        (10, 50_000, {"batch_size": 256}, 1e-3),
+        (10, 10, {"epoch_images": 50_000}, 7.2e-4),
+        (10, 50_000, {"lr": 3e-3}, 3e-3),  # whoever gives one gets it
+    ],
+)
+def test_default_preset_takes_smaller_steps_where_there_are_many(
+    epochs: int, images: int, given: dict[str, float], lr: float
+) -> None:
+    resolved = resolve("default", images=images, layers=[("you", {"epochs": epochs, **given})])
+    assert resolved.settings.lr == lr
+    origin = "you" if "lr" in given else "preset default, long budget" if lr < 2e-3 else "preset default"
+    assert resolved.origins["lr"] == origin
+    finer = resolve("default", constraint="two-bit-shift", images=images, layers=[("you", {"epochs": epochs, **given})])
+    assert finer.settings.lr == pytest.approx(lr if "lr" in given else lr / 4, rel=0.05)
+    for preset in ("paper", "little-data"):
+        settings = resolve(preset, images=images).settings
+        assert settings.lr == resolve(preset).settings.lr
+
+
 @EVERY_PRESET
 def test_resolved_says_where_everything_comes_from(preset: str) -> None:
     resolved = resolve(

@@ -57,7 +57,7 @@ class CBP(Method):
     name: ClassVar = "cbp"
 
     multiplier_lr: float = setting(
-        1e-4, 1e-4, 1e-4, "step size of the ascent in the multipliers: the most that one grows by in an update"
+        1e-4, 2e-5, 1e-4, "step size of the ascent in the multipliers: the most that one grows by in an update"
     )
     multiplier_schedule: str = setting(
         "lagrangian", "progress", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
