@@ -108,6 +108,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each: seeds 0 to N−1")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device")
+    parser.add_argument("--amp", action="store_true", default=None)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument(
         "--start",
@@ -135,7 +136,8 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
     if not (chosen.steepness > 0 and 0 < chosen.anneal_end <= 1):
         raise UsageError("--steepness must be above 0, and --anneal-end a share of the budget above 0 and at most 1")
     parq = require_extra("torchao.prototype.parq", "torchao")
-    choices, _, layers = combine({"epochs": chosen.epochs, "device": chosen.device}, chosen.set, os.environ, None)
+    flags = {name: getattr(chosen, name) for name in ("epochs", "device", "amp")}
+    choices, _, layers = combine(flags, chosen.set, os.environ, None)
     choices = {name: value for name, value in choices.items() if name not in ("constraint", "method")}
     own = {"start": chosen.start, "steepness": chosen.steepness, "anneal_end": chosen.anneal_end}
     with writing(chosen.output):
