@@ -145,7 +145,7 @@ PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Finer levels are nearer to the start, and larger steps lead away from there first.
 DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
 # Noise carries a weight a distance that grows with lr · √steps, so that a longer budget takes smaller steps.
-DEFAULT_LR_STEPS = 500
+DEFAULT_LR_STEPS = 480
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
 # three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}

@@ -422,11 +422,13 @@ def test_the_methods_table_is_that_of_the_raw_results(
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_ablation_halves_the_constraints_own_learning_rate() -> None:
+def test_the_ablation_halves_the_learning_rate_of_constraint_and_budget() -> None:
     ablation = script("cifar10.ablation")
-    assert ablation.replaced("learning rate halved", "two-bit-shift") == ["--lr", "0.00025"]
-    assert ablation.replaced("learning rate doubled", "binary") == ["--lr", "0.004"]
-    assert ablation.replaced("scales fixed", "binary") == ["--set", "learn_scales=false"]
+    assert ablation.replaced("learning rate halved", "two-bit-shift", 1) == ["--lr", "0.00025"]
+    assert ablation.replaced("learning rate doubled", "binary", 1) == ["--lr", "0.004"]
+    assert ablation.replaced("learning rate doubled", "binary", 2) == ["--lr", "0.0034"]  # of √(480 · 128 / 90,000)
+    assert ablation.replaced("learning rate of a short budget", "binary", 10) == ["--lr", "0.002"]
+    assert ablation.replaced("scales fixed", "binary", 1) == ["--set", "learn_scales=false"]
 
 
 def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

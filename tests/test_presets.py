@@ -144,11 +144,11 @@ def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:
     [
         (10, 0, {}, 2e-3),  # how many pictures there are is not known
         (20, 1438, {}, 2e-3),  # 225 steps
-        (1, 64_000, {}, 2e-3),  # 500 steps, the most for which it is whole
+        (1, 61_440, {}, 2e-3),  # 480 steps, the most for which it is whole
         (2, 50_000, {}, 1.6e-3),  # 781 steps
-        (10, 50_000, {}, 7.2e-4),
-        (10, 50_000, {"batch_size": 256}, 1e-3),
-        (10, 10, {"epoch_images": 50_000}, 7.2e-4),
+        (10, 50_000, {}, 7e-4),
+        (10, 50_000, {"batch_size": 256}, 9.9e-4),
+        (10, 10, {"epoch_images": 50_000}, 7e-4),
         (10, 50_000, {"lr": 3e-3}, 3e-3),  # whoever gives one gets it
     ],
 )

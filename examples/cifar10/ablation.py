@@ -21,6 +21,7 @@ from examples.runs import keep, over_seeds, quantized
 NETWORK = "examples.cifar10.resnet:resnet20"
 RESULTS = Path(__file__).parent / "results"
 WHOLE = "the preset as it is"
+IMAGES = 45_000  # that are trained on
 CONSTANT = ("--set", "lr_schedule=constant")
 PARTS = {
     WHOLE: (),
@@ -33,19 +34,20 @@ PARTS = {
     "SGD, learning rate 0.02": ("--set", "optimizer=sgd", "--lr", "0.02"),
     "learning rate halved": ("--lr", "{half}"),
     "learning rate doubled": ("--lr", "{double}"),
+    "learning rate of a short budget": ("--lr", "{short}"),
     "batches of 64": ("--batch-size", "64"),
-    "multipliers grow a tenth as fast": ("--set", "multiplier_lr=0.00001"),
-    "multipliers grow a third as fast": ("--set", "multiplier_lr=0.00003"),
-    "multipliers grow ten times as fast": ("--set", "multiplier_lr=0.001"),
+    "multipliers grow a fifth as fast": ("--set", "multiplier_lr=0.000004"),
+    "multipliers grow five times as fast": ("--set", "multiplier_lr=0.0001"),
+    "multipliers grow fifty times as fast": ("--set", "multiplier_lr=0.001"),
     "learning rate constant": CONSTANT,
-    "learning rate constant, multipliers grow three times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0003"),
-    "learning rate constant, multipliers grow ten times as fast": (*CONSTANT, "--set", "multiplier_lr=0.001"),
+    "learning rate constant, multipliers grow five times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0001"),
+    "learning rate constant, multipliers grow fifty times as fast": (*CONSTANT, "--set", "multiplier_lr=0.001"),
     "learning rate constant, no multipliers, no window": (*CONSTANT, "--method", "straight-through"),
     "scales fixed": ("--set", "learn_scales=false"),
     "one scale for each layer": ("--set", "scale_granularity=layer"),
     "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
     "BatchNorm statistics not re-estimated": ("--set", "batchnorm_batches=0"),
-    "the blocks' part of the loss fades out": ("--set", "blocks_fade=true"),
+    "the blocks' part of the loss does not fade out": ("--set", "blocks_fade=false"),
 }
 
 
@@ -96,10 +98,11 @@ def stem(epochs: int, constraint: str, part: str) -> str:
     return f"ablation-{epochs}-{constraint}-{re.sub('[^a-z0-9]+', '-', part.lower()).strip('-')}"
 
 
-def replaced(part: str, constraint: str) -> list[str]:
-    """The flags of a row, whose learning rates are relative to what the preset has for the constraint."""
-    lr = resolve(constraint=constraint).settings.lr
-    return [flag.format(half=lr / 2, double=lr * 2) for flag in PARTS[part]]
+def replaced(part: str, constraint: str, epochs: int) -> list[str]:
+    """The flags of a row, whose learning rates are relative to what the preset has for the constraint and budget."""
+    lr = resolve(constraint=constraint, images=IMAGES, layers=[("ablation", {"epochs": epochs})]).settings.lr
+    short = resolve(constraint=constraint).settings.lr
+    return [flag.format(half=lr / 2, double=lr * 2, short=short) for flag in PARTS[part]]
 
 
 def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -> None:
@@ -110,7 +113,7 @@ def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -
         return
     flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), "--val-from-train", "0.1"]
     flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
-    report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint))
+    report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint, chosen.epochs))
     kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]})
     print(f"{name} ({part}): {kept['test']['comparison']['agreement']:.2f} %", flush=True)
 
