@@ -223,7 +223,8 @@ def resolve(
     for origin, mapping in layers:
         lay(origin, mapping)
     steps = values["epochs"] * max(images, values["epoch_images"]) / values["batch_size"]
-    if preset == "default" and origins["lr"].startswith("preset") and steps > DEFAULT_LR_STEPS:
+    lr_given = any("lr" in mapping for _, mapping in layers)
+    if preset == "default" and not lr_given and steps > DEFAULT_LR_STEPS:
         lr = values["lr"] * math.sqrt(DEFAULT_LR_STEPS / steps)
         lay("preset default, long budget", {"lr": float(f"{lr:.2g}")})
     own = {name: values.pop(name) for name in OF_METHODS}

@@ -150,14 +150,15 @@ def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:
         (10, 50_000, {"batch_size": 256}, 9.9e-4),
         (10, 10, {"epoch_images": 50_000}, 7e-4),
         (10, 50_000, {"lr": 3e-3}, 3e-3),  # whoever gives one gets it
+        (10, 50_000, {"lr": 2e-3}, 2e-3),
     ],
 )
 def test_default_preset_takes_smaller_steps_where_there_are_many(
     epochs: int, images: int, given: dict[str, float], lr: float
 ) -> None:
-    resolved = resolve("default", images=images, layers=[("you", {"epochs": epochs, **given})])
+    resolved = resolve("default", images=images, layers=[("preset.toml", {"epochs": epochs, **given})])
     assert resolved.settings.lr == lr
-    origin = "you" if "lr" in given else "preset default, long budget" if lr < 2e-3 else "preset default"
+    origin = "preset.toml" if "lr" in given else "preset default, long budget" if lr < 2e-3 else "preset default"
     assert resolved.origins["lr"] == origin
     finer = resolve("default", constraint="two-bit-shift", images=images, layers=[("you", {"epochs": epochs, **given})])
     assert finer.settings.lr == pytest.approx(lr if "lr" in given else lr / 4, rel=0.05)
