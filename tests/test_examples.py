@@ -211,14 +211,15 @@ def test_an_original_to_tune_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_trials_stand_in_the_table_as_they_were_measured() -> None:
     folder = EXAMPLES / "cifar10"
-    text = (folder / "README.md").read_text()
+    text = (folder / "TRIALS.md").read_text()
     for run in json.loads((folder / "results" / "tuning-trials.json").read_text())["runs"]:
         held_out = run["held_out"]
         row = f"| {held_out['top1']:.2f} % | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.3f} |"
         row += f" {run['kl']['held_out']:.4f} | {run['kl']['seen']:.4f} |"
         assert row in text, run["what"]
-    for name in ("fading", "cold"):
-        (run,) = json.loads((folder / "results" / f"{name}-ten-epochs-bfloat16-cbp.json").read_text())["runs"]
+    names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "ten-epochs-cbp-binary")
+    for name in (*names, "former-ten-epochs-bfloat16-straight-through"):
+        (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
         assert f"| 1 | {run['score']:.2f} % | {run['agreement']:.2f} % |" in text
 
 
@@ -411,14 +412,34 @@ def test_the_cifar10_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters == {"resnet20": 269_722, "resnet56": 853_018}  # 0.27 and 0.85 million in the paper
 
 
-@pytest.mark.parametrize("budget", ["two-epochs", "ten-epochs"])
+def test_the_presets_table_is_that_of_the_raw_results() -> None:
+    folder, over_seeds = EXAMPLES / "cifar10", script("runs").over_seeds
+    rows = (folder / "README.md").read_text().splitlines()
+    for constraint in ("binary", "ternary", "one-bit-shift", "two-bit-shift"):
+        document = json.loads((folder / "results" / f"two-epochs-cbp-{constraint}.json").read_text())
+        top1, same = (over_seeds([run[key] for run in document["runs"]]) for key in ("score", "agreement"))
+        size = f"{document['runs'][0]['file_bytes'] / 1000:.1f} kB"
+        assert any(
+            row.startswith(f"| `{constraint}` | 3 | {top1} |") and f"| {same} |" in row and f"| {size} |" in row
+            for row in rows
+        )
+
+
+@pytest.mark.parametrize(
+    ("budget", "document"),
+    [("two-epochs", "README.md"), ("ten-epochs", "README.md"), ("former-two-epochs", "TRIALS.md")],
+)
 def test_the_methods_table_is_that_of_the_raw_results(
-    budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    budget: str,
+    document: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     methods = script("cifar10.methods")
     monkeypatch.setattr(sys, "argv", ["methods", budget, "-o", str(tmp_path / "picture.png")])
     methods.main()
-    assert capsys.readouterr().out in (EXAMPLES / "cifar10" / "README.md").read_text()
+    assert capsys.readouterr().out in (EXAMPLES / "cifar10" / document).read_text()
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
