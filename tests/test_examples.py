@@ -443,6 +443,18 @@ def test_the_methods_table_is_that_of_the_raw_results(
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_in_two_comparisons_counts_once() -> None:
+    runs = [
+        {"method": method, "constraint": "binary", "seed": seed, "score": score, "agreement": score}
+        for method, seed, score in (("cbp", 0, 80.0), ("adaste", 0, 70.0), ("cbp", 0, 80.0), ("cbp", 1, 90.0))
+    ]
+    methods = script("cifar10.methods")
+    assert methods.table(methods.distinct(runs)).splitlines()[2:] == [
+        "| `binary` | `cbp` | 2 | 85.00 ± 7.07 % | 85.00 ± 7.07 % |",
+        "|  | `adaste` | 1 | 70.00 % | 70.00 % |",
+    ]
+
+
 def test_the_ablation_halves_the_learning_rate_of_constraint_and_budget() -> None:
     ablation = script("cifar10.ablation")
     assert ablation.replaced("learning rate halved", "two-bit-shift", 1) == ["--lr", "0.00025"]

@@ -31,9 +31,14 @@ def main() -> None:
     documents = [read_comparison(path) for path in sorted((HERE / "results").glob(f"{chosen.budget}*.json"))]
     if not documents:
         parser.error(f"no results are called {chosen.budget}*.json")
-    runs = [run for document in documents for run in document["runs"]]
+    runs = distinct(run for document in documents for run in document["runs"])
     print(table(runs))
     draw(runs, documents[0]["original"], chosen.output or HERE / f"{chosen.budget}.png")
+
+
+def distinct(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run once: a comparison with more seeds repeats those of an earlier one."""
+    return list({(run["method"], run["constraint"], run["seed"]): run for run in runs}.values())
 
 
 def groups(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
