@@ -60,6 +60,10 @@ class TrainLoader(Protocol):
     def images(self) -> int:
         """Number of images the loader draws from."""
 
+    @property
+    def augmentation(self) -> Augmentation:
+        """What it does to them."""
+
     def __len__(self) -> int:
         """Batches per epoch."""
 
@@ -185,7 +189,7 @@ class TrainBatches:
     def __init__(
         self, source: Source, normalize: Normalize, augmentation: Augmentation, *, batch_size: int, seed: int
     ) -> None:
-        self._source, self._normalize, self._augmentation = source, normalize, augmentation
+        self._source, self._normalize, self.augmentation = source, normalize, augmentation
         self._labels = torch.from_numpy(source.labels)
         self.batch_size, self._seed, self._turn = batch_size, seed, ALL
 
@@ -201,11 +205,11 @@ class TrainBatches:
         """See `TrainLoader.epoch`."""
         check_position(number, start)
         order = epoch_generator(self._seed, number, ORDER).permutation(np.arange(self.images, dtype=np.int64))
-        draws = Shifts.draw(self._augmentation, self._seed, number, self.images)
+        draws = Shifts.draw(self.augmentation, self._seed, number, self.images)
         plan = [order[index * self.batch_size :][: self.batch_size] for index in range(start, len(self))]
         plan = [slice_of(samples, self._turn) for samples in plan]
         for samples, images in zip(plan, self._source.batches(plan, number), strict=True):
-            shifted = self._augmentation.on_batch(images, draws, samples)
+            shifted = self.augmentation.on_batch(images, draws, samples)
             yield Batch(self._normalize(shifted), self._labels[torch.from_numpy(samples)])
 
     def sliced(self, turn: Turn) -> "TrainBatches":
@@ -228,6 +232,11 @@ class RepeatedBatches:
     def images(self) -> int:
         """Number of images the inner loader draws from."""
         return self._inner.images
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """That of the inner loader."""
+        return self._inner.augmentation
 
     def __len__(self) -> int:
         return self._passes * len(self._inner)

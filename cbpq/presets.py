@@ -82,6 +82,14 @@ class Settings:
         "squared difference (features)",
         choices=("kl", "features"),
     )
+    distillation_views: int = setting(
+        1,
+        1,
+        1,
+        "views of a picture that the original answers: the picture, then mirrored and moved ones as far as training "
+        "does that too; their mean is what is learned",
+        least=1,
+    )
     blocks_fade: bool = setting(
         False, True, False, "let the blocks' part of it (features) fall along the budget, linearly, to nothing"
     )

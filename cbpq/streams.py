@@ -92,7 +92,7 @@ class StreamTrainBatches:
     def __init__(
         self, stream: PictureStream, spec: InputSpec, augmentation: Augmentation, *, batch_size: int, seed: int
     ) -> None:
-        self._stream, self._normalize, self._augmentation = stream, Normalize(spec), augmentation
+        self._stream, self._normalize, self.augmentation = stream, Normalize(spec), augmentation
         self._crop = RandomResizedCrop(spec) if augmentation.resized_crop else None
         self._batch_size, self._seed, self._turn = batch_size, seed, ALL
 
@@ -107,13 +107,13 @@ class StreamTrainBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """See `TrainLoader.epoch`."""
         check_position(number, start)
-        draws = Shifts.draw(self._augmentation, self._seed, number, self.images)
+        draws = Shifts.draw(self.augmentation, self._seed, number, self.images)
         items = _mixed(self._transformed(number), epoch_generator(self._seed, number, ORDER))
         for index, items_of_batch in enumerate(_chunks(items, self._batch_size)):
             if start <= index < len(self):
                 own = slice_of(np.arange(len(items_of_batch)), self._turn)
                 positions, images, labels = zip(*(items_of_batch[item] for item in own), strict=True)
-                shifted = self._augmentation.on_batch(torch.stack(images), draws, np.array(positions, dtype=np.int64))
+                shifted = self.augmentation.on_batch(torch.stack(images), draws, np.array(positions, dtype=np.int64))
                 yield Batch(self._normalize(shifted), torch.tensor(labels))
 
     def sliced(self, turn: Turn) -> "StreamTrainBatches":

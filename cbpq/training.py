@@ -31,6 +31,7 @@ from cbpq.models import auxiliary_logits, logits
 from cbpq.presets import Settings
 from cbpq.recipe import cosine, loss_of, make_optimizer
 from cbpq.tracing import batch_norms, image_format
+from cbpq.views import other_views
 
 SMALLEST_LOSS_SCALE = 2.0**-20
 AUXILIARY_WEIGHT = 0.3  # of each auxiliary head's loss (Szegedy et al. 2015, GoogLeNet)
@@ -251,7 +252,7 @@ def take_step(run: Training, batch: Batch) -> float:
     with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
         output = forward(run, images)
         with torch.no_grad():
-            target = logits(run.teacher(images)) if run.teacher is not None else None
+            target = answer(run, run.teacher, images) if run.teacher is not None else None
         difference = None
         if run.features is not None and target is not None:
             weight = 1 - run.progress if run.settings.blocks_fade else 1.0
@@ -274,6 +275,14 @@ def take_step(run: Training, batch: Batch) -> float:
             "(--set amp_dtype=bfloat16), or run without --amp"
         )
     return value
+
+
+def answer(run: Training, teacher: nn.Module, images: Tensor) -> Tensor:
+    """What the original answers to a batch, logits (B, classes): their mean over ``distillation_views`` views."""
+    others = other_views(images, run.loader.augmentation, run.settings.distillation_views - 1)
+    answers = [logits(teacher(laid_out(run, view))) for view in others]
+    # the pictures themselves come last, since ``features`` keeps what the blocks gave last
+    return torch.stack([*answers, logits(teacher(images))]).mean(0)
 
 
 def laid_out(run: Training, images: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from cbpq.presets import SETTINGS, resolve
 from cbpq.scales import initial_scale
 from cbpq.settling import finish
 from cbpq.training import EpochEnd, Step, prepare, take_step
+from cbpq.transforms import Augmentation
 
 DIGITS = ROOT / "examples" / "digits"
 SHORT = ("-b", "16", "--epochs", "2", "--device", "cpu")
@@ -584,7 +585,7 @@ def test_a_function_of_ones_own_without_batchnorm(job: Path, tmp_path: Path, mon
 class _TwoPictures:
     """A training loader of one batch."""
 
-    images = 2
+    images, augmentation = 2, Augmentation()
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
