@@ -1,10 +1,11 @@
 """What each part of preset ``default`` is worth: ResNet-20 on CIFAR-10, with one part left out or replaced at a time.
 
-    python -m examples.cifar10.ablation --weights resnet20.th --data cifar10.npz --work runs
+    python -m examples.cifar10.original --data cifar10.npz --epochs 24 -o tuning
+    python -m examples.cifar10.ablation --weights tuning/resnet20.safetensors --data tuning/cifar10.npz --work runs
 
-Trains on 45,000 of the training images and measures on the other 5,000; the test images are not looked at. What is
-there already is not done again, and what was interrupted is resumed. Raw results go to ``results/``, a small JSON file
-each, and the table is printed.
+Starts from an original that was trained on 45,000 of the training images, trains on these and measures on the other
+5,000; the test images are not looked at. What is there already is not done again, and what was interrupted is resumed.
+Raw results go to ``results/``, a small JSON file each, and the table is printed.
 """
 
 import argparse
@@ -48,6 +49,7 @@ PARTS = {
     "BatchNorm statistics frozen in training": ("--set", "batchnorm=frozen"),
     "BatchNorm statistics not re-estimated": ("--set", "batchnorm_batches=0"),
     "the blocks' part of the loss does not fade out": ("--set", "blocks_fade=false"),
+    "the original answers for four views of each picture": ("--set", "distillation_views=4"),
 }
 
 
@@ -55,12 +57,13 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as .npz, see the README")
+    parser.add_argument("--data", type=Path, required=True, help="what original.py wrote, as .npz")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--constraints", nargs="+", default=["binary", "two-bit-shift"])
     parser.add_argument("--parts", nargs="+", type=int, metavar="N", help="only these rows, counted from 0")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--amp", action="store_true")
     chosen = parser.parse_args()
     names = list(PARTS)
     for seed, part, constraint in product(chosen.seeds, chosen.parts or range(len(names)), chosen.constraints):
@@ -111,7 +114,7 @@ def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -
     path = RESULTS / f"{name}.json"
     if path.exists():
         return
-    flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), "--val-from-train", "0.1"]
+    flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), *(["--amp"] if chosen.amp else [])]
     flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
     report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint, chosen.epochs))
     kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]})
