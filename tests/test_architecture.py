@@ -43,6 +43,7 @@ ROWS = (
     ("loaders", "streams", "folders", "arrays", "splits", "readers", "data"),
     (
         "recipe",
+        "views",
         "features",
         "reconstruction",
         "synthesis",
