@@ -478,6 +478,10 @@ def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypat
     assert len({ablation.stem(1, "binary", part) for part in ablation.PARTS}) == len(ablation.PARTS)
 
 
+def test_the_ablation_stands_in_the_study_as_it_was_measured() -> None:
+    assert script("cifar10.ablation").table(2, ["binary"]) in (EXAMPLES / "cifar10" / "README.md").read_text()
+
+
 @pytest.mark.medium
 def test_float16_with_sums_in_float32(small_job: Path) -> None:
     """Products are those of the rounded factors, rounded once; the command line runs on them, and overflow is seen."""
