@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cbpq.errors import UsageError, did_you_mean
-from cbpq.presets import SETTINGS, parse_setting
+from cbpq.presets import COMMAND_LINE, SETTINGS, parse_setting
 from cbpq.settings import TRUTH
 
 PREFIX = "CBPQ_"
@@ -99,7 +99,7 @@ def combine(
     sources: list[Layer] = [
         (str(config), read_config(config) if config else {}),
         ("environment", dict(from_environment(environment))),
-        ("command line", {**assigned, **said}),
+        (COMMAND_LINE, {**assigned, **said}),
     ]
     choices, origins = copy.deepcopy(CHOICES), dict.fromkeys(CHOICES, "default")
     for origin, values in sources:

@@ -18,6 +18,9 @@ from cbpq.errors import UsageError, did_you_mean
 from cbpq.inputs import InputSpec
 from cbpq.tracing import CONVOLUTIONS, trace, unwrapped
 
+AUXILIARY = "auxiliary classifier"
+"""Why the classifier of an auxiliary head stays float."""
+
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -89,7 +92,7 @@ def choose_layers(
         elif name in first and not quantize_first:
             skipped[name] = "first convolution" if isinstance(layer, CONVOLUTIONS) else "first layer"
         elif name in auxiliary and not quantize_last:
-            skipped[name] = "auxiliary classifier"
+            skipped[name] = AUXILIARY
         elif _matches(name, exclude):
             skipped[name] = "excluded by --exclude"
         elif include and not _matches(name, include):

@@ -13,12 +13,12 @@ import torch
 from cbpq.data import Augment, Data, load_data
 from cbpq.devices import resolve_device
 from cbpq.errors import UsageError
-from cbpq.layers import LayerChoice, choose_layers
+from cbpq.layers import AUXILIARY, LayerChoice, choose_layers
 from cbpq.levels import LevelSet, level_set
 from cbpq.methods import method_class
 from cbpq.models import LoadedModel, load_model
 from cbpq.packing import check_packing
-from cbpq.presets import AUTO, Resolved, resolve
+from cbpq.presets import AUTO, Resolved, resolve, without_effect
 from cbpq.synthesis import SynthesisChoices, claim_folder, remembering
 
 FREE_SETTINGS = ("checkpoint_minutes", "evaluate_every")  # they do not change the result
@@ -199,6 +199,7 @@ def plan(
         warnings += notes_without_data(loaded)
     elif not loaded_data.labelled:
         warnings += loaded_data.describe["notes"]
+    warnings += notes_without_effect(resolved, method, amp, layers, loaded_data)
     return Plan(
         loaded,
         loaded_data,
@@ -231,6 +232,20 @@ def notes_without_data(loaded: LoadedModel) -> list[str]:
         "rounded for noise with the moments of the preprocessing, which may cost much accuracy, and the agreement on "
         "such noise says little; 200 pictures of the right kind, without labels, would help a lot (--data FOLDER)"
     ]
+
+
+def notes_without_effect(
+    resolved: Resolved, method: str, amp: bool, layers: LayerChoice, data: Data | None
+) -> list[str]:
+    """A sentence for each setting that was asked for and changes nothing."""
+    reasons = without_effect(resolved, method, amp)
+    if AUXILIARY in layers.skipped.values():  # auxiliary heads learn by KL divergence in any case
+        reasons.pop("temperature", None)
+    if resolved.settings.distillation_views > 1 and data is not None and data.train is not None:
+        augmentation = data.train.augmentation
+        if not (augmentation.flip or augmentation.moves):
+            reasons["distillation_views"] = "training neither mirrors nor moves the pictures"
+    return [f"setting {name} changes nothing in this run: {reason}" for name, reason in reasons.items()]
 
 
 def check_no_data_flags(

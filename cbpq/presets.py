@@ -22,6 +22,9 @@ PRESETS = ("default", "paper", "little-data")
 AUTO = "auto"
 """``default`` where training pictures have labels, ``little-data`` where not."""
 
+COMMAND_LINE = "command line"
+"""The origin of a value that the user gave there, by name, for this one run."""
+
 OF_METHODS = {name: entry for method in METHODS.values() for name, entry in settings_of(method).items()}
 """The settings that are some method's own, by name."""
 
@@ -40,7 +43,7 @@ class Settings:
     lr: float = setting(1e-3, 2e-3, 1e-3, "learning rate (its peak, where there is a schedule)")
     lr_schedule: str = setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
     warmup: float = setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
-    momentum: float = setting(0.9, 0.9, 0.9, "of SGD", most=1)
+    momentum: float = setting(0.9, 0.9, 0.9, "of SGD", most=1, idle={"optimizer": "adamw"})
     weight_decay: float = setting(
         1e-4, 1e-4, 1e-4, "on convolution and linear weights, none on biases and normalisations"
     )
@@ -65,15 +68,29 @@ class Settings:
         choices=("original", "compensated", "snapped"),
     )
     reconstruction_steps: int = setting(0, 0, 50, "steps for each block in which it learns the original's outputs")
-    reconstruction_lr: float = setting(1e-2, 1e-2, 1e-3, "learning rate of these steps (its peak)")
+    reconstruction_lr: float = setting(
+        1e-2, 1e-2, 1e-3, "learning rate of these steps (its peak)", idle={"reconstruction_steps": 0}
+    )
     reconstruction_images: int = setting(
-        0, 0, 2048, "images for it at least: fewer pictures are augmented several times", least=0
+        0,
+        0,
+        2048,
+        "images for it at least: fewer pictures are augmented several times",
+        least=0,
+        idle={"reconstruction_steps": 0},
     )
     # the loss
     distillation: float = setting(
         0.0, 1.0, 1.0, "share of the loss that compares with the original network's outputs", most=1
     )
-    temperature: float = setting(1.0, 1.0, 1.0, "of the distillation's softmax", least=1e-3)
+    temperature: float = setting(
+        1.0,
+        1.0,
+        1.0,
+        "of the softmax in distillation by KL divergence",
+        least=1e-3,
+        idle={"distillation": 0.0, "distillation_loss": "features"},
+    )
     distillation_loss: str = setting(
         "kl",
         "features",
@@ -81,6 +98,7 @@ class Settings:
         "what distillation compares: outputs by KL divergence (kl), or outputs and what blocks give, by relative "
         "squared difference (features)",
         choices=("kl", "features"),
+        idle={"distillation": 0.0},
     )
     distillation_views: int = setting(
         1,
@@ -89,9 +107,14 @@ class Settings:
         "views of a picture that the original answers: the picture, then mirrored and moved ones as far as training "
         "does that too; their mean is what is learned",
         least=1,
+        idle={"distillation": 0.0},
     )
     blocks_fade: bool = setting(
-        False, True, False, "let the blocks' part of it (features) fall along the budget, linearly, to nothing"
+        False,
+        True,
+        False,
+        "let the blocks' part of it (features) fall along the budget, linearly, to nothing",
+        idle={"distillation": 0.0, "distillation_loss": "kl"},
     )
     # normalisation
     batchnorm: str = setting(
@@ -107,7 +130,9 @@ class Settings:
     )
     scale_granularity: str = setting("layer", "channel", "channel", "one scale for each", choices=("layer", "channel"))
     learn_scales: bool = setting(False, True, True, "train the scales along with the weights")
-    scale_lr: float = setting(1.0, 1.0, 1.0, "learning rate of learned scales, as a multiple of lr")
+    scale_lr: float = setting(
+        1.0, 1.0, 1.0, "learning rate of learned scales, as a multiple of lr", idle={"learn_scales": False}
+    )
     # the end, and the way there
     amp_dtype: str = setting(
         "bfloat16",
@@ -115,6 +140,7 @@ class Settings:
         "bfloat16",
         "what --amp computes in; float16, with a scaled loss, is for GPUs older than bfloat16",
         choices=("bfloat16", "float16"),
+        idle={"amp": False},
     )
     batchnorm_batches: int = setting(
         0, 100, 100, "training batches to re-estimate BatchNorm statistics from at the end"
@@ -237,6 +263,21 @@ def resolve(
         lay("preset default, long budget", {"lr": float(f"{lr:.2g}")})
     own = {name: values.pop(name) for name in OF_METHODS}
     return Resolved(preset, Settings(**values, of_methods=own), origins)
+
+
+def without_effect(resolved: Resolved, method: str, amp: bool = False) -> dict[str, str]:
+    """Settings that the user gave on the command line, and that this run makes no use of: why, by name."""
+    values = resolved.settings.to_dict() | {"amp": amp}
+    own = settings_of(method_class(method))
+    reasons = {}
+    for name in (name for name, origin in resolved.origins.items() if origin == COMMAND_LINE):
+        idle = SETTINGS[name].metadata["idle"]
+        beside = [f"{other} is {str(value).lower()}" for other, value in idle.items() if values[other] == value]
+        if name in OF_METHODS and name not in own:
+            reasons[name] = f"method {method} does not have it"
+        elif beside:
+            reasons[name] = " and ".join(beside)
+    return reasons
 
 
 def paper_model(architecture: str, input_size: int) -> str:

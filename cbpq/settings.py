@@ -17,10 +17,15 @@ def setting(
     choices: Sequence[str] = (),
     least: float = 0,
     most: float = math.inf,
+    idle: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A field: its value in preset ``paper``, in ``default`` and in ``little-data``, and its meaning."""
+    """A field: its value in preset ``paper``, in ``default`` and in ``little-data``, and its meaning.
+
+    ``idle`` names other settings with the value beside which this one does nothing.
+    """
     values = {"paper": paper, "default": default, "little-data": little_data}
     metadata = {"values": values, "help": text, "choices": tuple(choices), "least": least, "most": most}
+    metadata["idle"] = idle or {}
     return field(default=default, metadata=metadata)
 
 

@@ -69,6 +69,11 @@ class Augmentation:
             return cls(pad=(spec.height // 8, spec.width // 8), flip=flip)
         return cls(resized_crop=True, flip=flip)
 
+    @property
+    def moves(self) -> bool:
+        """Whether what is in a picture comes to another place."""
+        return self.resized_crop or any(self.pad)
+
     def __str__(self) -> str:
         parts = []
         if self.resized_crop:

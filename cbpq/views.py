@@ -20,12 +20,11 @@ def other_views(images: Tensor, augmentation: Augmentation, count: int) -> Itera
     if it mirrors, and then, if it cuts out or shifts, come moved ones, every other of them mirrored. How far they are
     moved is random, and the same for the whole batch.
     """
-    moves = augmentation.resized_crop or any(augmentation.pad)
     for number in range(count):
         view = images.flip(-1) if augmentation.flip and number % 2 == 0 else images
         if number == 0 and augmentation.flip:
             yield view
-        elif moves:
+        elif augmentation.moves:
             yield _moved(view)
 
 

@@ -14,7 +14,18 @@ from cbpq.levels import CONSTRAINTS, level_set
 from cbpq.methods import METHODS
 from cbpq.methods.cbp import CBP
 from cbpq.planning import Plan
-from cbpq.presets import PAPER_MODELS, PRESETS, SETTINGS, SHARED, Settings, paper_model, parse_setting, resolve
+from cbpq.presets import (
+    COMMAND_LINE,
+    PAPER_MODELS,
+    PRESETS,
+    SETTINGS,
+    SHARED,
+    Settings,
+    paper_model,
+    parse_setting,
+    resolve,
+    without_effect,
+)
 from cbpq.settings import settings_of
 from cbpq.summary import settings_toml
 
@@ -34,6 +45,48 @@ def test_every_setting_stands_in_the_table_whole(name: str) -> None:
     assert (entry.type is str) == bool(choices)
     for choice in choices:
         assert choice in entry.metadata["help"] or name.startswith(("scale", "lr", "multiplier"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_makes_a_setting_idle_is_another_settings_value(name: str) -> None:
+    for other, value in SETTINGS[name].metadata["idle"].items():
+        assert other != name
+        assert value == (CHOICES[other] if other in CHOICES else parse_setting(other, value, "the table"))
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "reasons"),
+    [
+        ({"temperature": 2}, "cbp", {"temperature": "distillation_loss is features"}),
+        ({"temperature": 2, "distillation_loss": "kl"}, "cbp", {}),
+        ({"blocks_fade": True, "distillation_loss": "kl"}, "cbp", {"blocks_fade": "distillation_loss is kl"}),
+        (
+            {"blocks_fade": True, "distillation_loss": "kl", "distillation": 0},
+            "cbp",
+            {
+                "blocks_fade": "distillation is 0.0 and distillation_loss is kl",
+                "distillation_loss": "distillation is 0.0",
+            },
+        ),
+        ({"momentum": 0.8, "epochs": 3}, "cbp", {"momentum": "optimizer is adamw"}),
+        ({"momentum": 0.8, "optimizer": "sgd"}, "cbp", {}),
+        ({"scale_lr": 0.5, "learn_scales": False}, "cbp", {"scale_lr": "learn_scales is false"}),
+        ({"reconstruction_images": 9}, "cbp", {"reconstruction_images": "reconstruction_steps is 0"}),
+        ({"patience": 3}, "cbp", {"patience": "multiplier_schedule is progress"}),
+        ({"patience": 3}, "proxquant", {"patience": "method proxquant does not have it"}),
+        ({"multiplier_updates": 3}, "cbp", {}),
+        ({"adaste_full": 0.5, "lr": 0.1}, "cbp", {"adaste_full": "method cbp does not have it"}),
+        ({"amp_dtype": "float16"}, "cbp", {"amp_dtype": "amp is false"}),
+    ],
+)
+def test_settings_that_were_given_and_change_nothing(
+    given: dict[str, Any], method: str, reasons: dict[str, str]
+) -> None:
+    resolved = resolve(method=method, layers=[(COMMAND_LINE, given)])
+    assert without_effect(resolved, method) == reasons
+    assert "amp_dtype" not in without_effect(resolved, method, amp=True)
+    # a file or a variable holds what many runs may need
+    assert not without_effect(resolve(method=method, layers=[("a.toml", given), ("environment", given)]), method)
 
 
 def test_every_name_means_one_thing() -> None:

@@ -37,15 +37,15 @@ from cbpq.evaluation import Predictions, predict
 from cbpq.events import Evaluated, Event, Saved
 from cbpq.fileformat import read
 from cbpq.inspection import inspect_file
-from cbpq.layers import choose_layers
+from cbpq.layers import AUXILIARY, LayerChoice, choose_layers
 from cbpq.levels import level_set
 from cbpq.loaders import Batch
 from cbpq.methods import METHODS
 from cbpq.model_file import save
 from cbpq.models import load_model, logits
 from cbpq.pipeline import execute
-from cbpq.planning import plan
-from cbpq.presets import SETTINGS, resolve
+from cbpq.planning import notes_without_effect, plan
+from cbpq.presets import COMMAND_LINE, SETTINGS, resolve
 from cbpq.scales import initial_scale
 from cbpq.settling import finish
 from cbpq.training import EpochEnd, Step, prepare, take_step
@@ -406,6 +406,39 @@ def test_dry_run_shows_where_every_value_comes_from(job: Path, tmp_path: Path, m
     assert re.search(r"lr\W+0\.25\W+environment", outcome.out)
     assert re.search(r"fc\.weight.* float: classifier", outcome.out)
     assert set(contents(tmp_path)) == {"my.toml"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "warnings"),
+    [
+        ((), []),
+        (
+            ("--set", "temperature=2", "--set", "patience=3"),
+            [
+                "setting temperature changes nothing in this run: distillation_loss is features",
+                "setting patience changes nothing in this run: multiplier_schedule is progress",
+            ],
+        ),
+        (
+            ("--set", "distillation_views=2", "--augment", "none"),
+            ["setting distillation_views changes nothing in this run: training neither mirrors nor moves the pictures"],
+        ),
+        (("--set", "distillation_views=2"), []),
+        (("--set", "amp_dtype=float16", "--amp"), []),
+    ],
+)
+def test_settings_that_change_nothing_are_named(job: Path, flags: tuple[str, ...], warnings: list[str]) -> None:
+    flags = ("--dry-run", "--json", "--device", "cpu", *flags)
+    outcome = command("quantize", job / "net.safetensors", "--data", job / "data.npz", *flags)
+    assert outcome.code == 0, outcome.err
+    assert outcome.document()["warnings"] == warnings
+
+
+def test_temperature_counts_where_auxiliary_heads_learn() -> None:
+    resolved = resolve(layers=[(COMMAND_LINE, {"temperature": 2})])
+    for reason, notes in (("first layer", 1), (AUXILIARY, 0)):
+        layers = LayerChoice((), {"a.weight": reason})
+        assert len(notes_without_effect(resolved, "cbp", False, layers, None)) == notes
 
 
 def test_dry_run_touches_nothing(job: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,16 +62,40 @@ class CBP(Method):
     multiplier_schedule: str = setting(
         "lagrangian", "progress", "progress", "when window and multipliers move", choices=("lagrangian", "progress")
     )
-    patience: int = setting(20, 20, 20, "p_max, epochs between multiplier updates (schedule lagrangian)", least=1)
-    multiplier_updates: int = setting(50, 50, 50, "multiplier updates in the whole budget (schedule progress)")
+    patience: int = setting(
+        20,
+        20,
+        20,
+        "p_max, epochs between multiplier updates (schedule lagrangian)",
+        least=1,
+        idle={"multiplier_schedule": "progress"},
+    )
+    multiplier_updates: int = setting(
+        50,
+        50,
+        50,
+        "multiplier updates in the whole budget (schedule progress)",
+        idle={"multiplier_schedule": "lagrangian"},
+    )
     window_close: float = setting(
-        0.9, 0.9, 0.9, "share of the budget after which the window is shut (progress)", least=1e-6
+        0.9,
+        0.9,
+        0.9,
+        "share of the budget after which the window is shut (progress)",
+        least=1e-6,
+        idle={"multiplier_schedule": "lagrangian"},
     )
     gradient_clip: float = setting(
         1.0, 1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none"
     )
     clamp: float = setting(1.0, 0.0, 0.0, "bound on a latent weight, 0 for none (depthwise weights are often above 1)")
-    lr_drop: float = setting(0.1, 0.1, 0.1, "factor on the learning rate when the window reaches 20 (lagrangian)")
+    lr_drop: float = setting(
+        0.1,
+        0.1,
+        0.1,
+        "factor on the learning rate when the window reaches 20 (lagrangian)",
+        idle={"multiplier_schedule": "progress"},
+    )
 
     def __post_init__(self) -> None:
         self.scalars = {
