@@ -217,6 +217,11 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         row = f"| {held_out['top1']:.2f} % | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.3f} |"
         row += f" {run['kl']['held_out']:.4f} | {run['kl']['seen']:.4f} |"
         assert row in text, run["what"]
+    for run in json.loads((folder / "results" / "memorised-trials.json").read_text())["runs"]:
+        title = f"| `{run['constraint']}` | {run['what']}" + (r" \*" if run["by_hand"] else "")
+        held_out = run["held_out"]
+        row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
+        assert f"{row}{run['loss_of_last_steps']:.4f} |" in text
     names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "ten-epochs-cbp-binary")
     for name in (*names, "former-ten-epochs-bfloat16-straight-through"):
         (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
