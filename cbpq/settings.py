@@ -21,7 +21,7 @@ def setting(
 ) -> Any:
     """A field: its value in preset ``paper``, in ``default`` and in ``little-data``, and its meaning.
 
-    ``idle`` names other settings with the value beside which this one does nothing.
+    ``idle`` names other settings, or ``amp``, with the value beside which this one does nothing.
     """
     values = {"paper": paper, "default": default, "little-data": little_data}
     metadata = {"values": values, "help": text, "choices": tuple(choices), "least": least, "most": most}
