@@ -66,7 +66,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, str]:
         name, equals, value = assignment.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise UsageError(f"--set {assignment!r}: write key=value, for example --set temperature=2")
+            raise UsageError(f"--set {assignment!r}: write key=value, for example --set warmup=0.1")
         parsed = parse_setting(name, value.strip(), "--set")
         if name in values and parse_setting(name, values[name], "--set") != parsed:
             raise UsageError(f"--set {name}={values[name]} and --set {assignment} contradict each other")

@@ -237,7 +237,9 @@ def notes_without_data(loaded: LoadedModel) -> list[str]:
 def notes_without_effect(
     resolved: Resolved, method: str, amp: bool, layers: LayerChoice, data: Data | None
 ) -> list[str]:
-    """A sentence for each setting that was asked for and changes nothing."""
+    """A sentence for each setting that was given on the command line and changes nothing; of ``distillation_views``,
+    wherever it is from, since that depends on the pictures.
+    """
     reasons = without_effect(resolved, method, amp)
     if AUXILIARY in layers.skipped.values():  # auxiliary heads learn by KL divergence in any case
         reasons.pop("temperature", None)

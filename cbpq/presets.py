@@ -269,8 +269,9 @@ def without_effect(resolved: Resolved, method: str, amp: bool = False) -> dict[s
     """Settings that the user gave on the command line, and that this run makes no use of: why, by name."""
     values = resolved.settings.to_dict() | {"amp": amp}
     own = settings_of(method_class(method))
+    given = [name for name, origin in resolved.origins.items() if origin == COMMAND_LINE]
     reasons = {}
-    for name in (name for name, origin in resolved.origins.items() if origin == COMMAND_LINE):
+    for name in given:
         idle = SETTINGS[name].metadata["idle"]
         beside = [f"{other} is {str(value).lower()}" for other, value in idle.items() if values[other] == value]
         if name in OF_METHODS and name not in own:

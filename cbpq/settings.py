@@ -24,8 +24,8 @@ def setting(
     ``idle`` names other settings, or ``amp``, with the value beside which this one does nothing.
     """
     values = {"paper": paper, "default": default, "little-data": little_data}
-    metadata = {"values": values, "help": text, "choices": tuple(choices), "least": least, "most": most}
-    metadata["idle"] = idle or {}
+    bounds = {"choices": tuple(choices), "least": least, "most": most}
+    metadata = {"values": values, "help": text, **bounds, "idle": idle or {}}
     return field(default=default, metadata=metadata)
 
 
