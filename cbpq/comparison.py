@@ -53,7 +53,7 @@ def compare_methods(
     overwrite: bool = False,
     listener: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
-    on_run: Callable[[int, int, Cell, Sequence[Outcome]], None] = lambda number, total, cell, done: None,
+    on_run: Callable[[int, int, Cell, Plan, Sequence[Outcome]], None] = lambda number, total, cell, job, done: None,
     command: str = "",
     settings: Sequence[tuple[str, Mapping[str, Any]]] = (),
     **choices: Any,
@@ -72,7 +72,7 @@ def compare_methods(
         overwrite: replace what is in ``output``.
         listener: called with every event of every run.
         should_stop: asked at every event; True saves and ends with Interrupted.
-        on_run: called before each run with its number from 1, their count, the run, and the outcomes so far.
+        on_run: called before each run with its number from 1, their count, the run, its plan, and the outcomes so far.
         command: the command line, for the report.
         settings: see ``cbpq.presets.resolve``; the same for all runs, but for the seed.
         **choices: see ``cbpq.planning.plan``.
@@ -88,7 +88,6 @@ def compare_methods(
     comparison: Comparison | None = None
     with held(output):
         for number, cell in enumerate(cells, 1):
-            on_run(number, len(cells), cell, done)
             folder = output / "runs" / cell.folder
             seeded = [*settings, ("the comparison", {"seed": cell.seed})]
             unfinished = state_file(folder).exists() and not overwrite
@@ -102,6 +101,7 @@ def compare_methods(
                 resume=unfinished,
                 **choices,
             )
+            on_run(number, len(cells), cell, job, done)
             if overwrite or unfinished or not (folder / "report.json").exists():
                 execute(job, folder, resume=unfinished, overwrite=overwrite, listener=listener, should_stop=should_stop)
             report = json.loads((folder / "report.json").read_text())

@@ -140,6 +140,21 @@ def test_pictures_without_labels_are_compared_by_agreement(small_job: Path) -> N
     assert found["runs"][0]["score"] == found["runs"][0]["agreement"]
 
 
+def test_warnings_of_the_runs_are_shown_once_each(small_job: Path) -> None:
+    flags = ("--set", "temperature=2", "--set", "multiplier_lr=1e-4", "--set", "evaluate_every=0")
+    outcome = compare("--method", "cbp", "--method", "straight-through", "--seeds", 2, *flags)
+    assert outcome.code == 0
+    shown = [line for line in outcome.err.splitlines() if line.startswith(("run", "warning"))]
+    assert shown == [
+        "run 1/4: cbp, two-bit-shift, seed 0",
+        "warning: setting temperature changes nothing in this run: distillation_loss is features",
+        "run 2/4: straight-through, two-bit-shift, seed 0",
+        "warning: setting multiplier_lr changes nothing in this run: method straight-through does not have it",
+        "run 3/4: cbp, two-bit-shift, seed 1",
+        "run 4/4: straight-through, two-bit-shift, seed 1",
+    ]
+
+
 def test_without_matplotlib_there_is_no_plot(small_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object) -> None:
         raise MissingPartError("the plot needs matplotlib: pip install 'cbpq[compare]'")

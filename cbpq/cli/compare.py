@@ -120,15 +120,21 @@ def command(
 
     from cbpq.cli.display import Display
     from cbpq.comparison import Cell, compare_methods
+    from cbpq.planning import Plan
     from cbpq.plotting import plot
     from cbpq.standings import Outcome, score_table
 
     console = common.stderr(quiet)
+    warned: set[str] = set()
     with Display(console) as display:
 
-        def on_run(number: int, total: int, cell: Cell, done: Sequence[Outcome]) -> None:
+        def on_run(number: int, total: int, cell: Cell, job: Plan, done: Sequence[Outcome]) -> None:
             display.above = _table(score_table(done)) if done else None
             common.note(console, f"run {number}/{total}: {cell.method}, {cell.constraint}, seed {cell.seed}")
+            for text in job.warnings:
+                if text not in warned:  # that of another run, most often
+                    common.warn(console, text)
+                    warned.add(text)
 
         comparison = compare_methods(
             source,
