@@ -222,6 +222,11 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         held_out = run["held_out"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{run['loss_of_last_steps']:.4f} |" in text
+    for run in json.loads((folder / "results" / "holding-trials.json").read_text())["runs"]:
+        title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
+        held_out, kl = run["held_out"], run["kl"]
+        row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
+        assert f"{row}{run['loss_of_last_steps']:.4f} | {kl['held_out']:.3f} | {kl['seen']:.3f} |" in text
     names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "ten-epochs-cbp-binary")
     for name in (*names, "former-ten-epochs-bfloat16-straight-through"):
         (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
@@ -432,7 +437,12 @@ def test_the_presets_table_is_that_of_the_raw_results() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "document"),
-    [("two-epochs", "README.md"), ("ten-epochs", "README.md"), ("former-two-epochs", "TRIALS.md")],
+    [
+        ("two-epochs", "README.md"),
+        ("ten-epochs", "README.md"),
+        ("sixty-epochs", "README.md"),
+        ("former-two-epochs", "TRIALS.md"),
+    ],
 )
 def test_the_methods_table_is_that_of_the_raw_results(
     budget: str,
