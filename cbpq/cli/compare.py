@@ -132,7 +132,7 @@ def command(
             display.above = _table(score_table(done)) if done else None
             common.note(console, f"run {number}/{total}: {cell.method}, {cell.constraint}, seed {cell.seed}")
             for text in job.warnings:
-                if text not in warned:  # that of another run, most often
+                if text not in warned:  # the next seed's are the same
                     common.warn(console, text)
                     warned.add(text)
 
