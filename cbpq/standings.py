@@ -127,7 +127,7 @@ class Comparison:
         rows = self.rows()
         rivals: dict[str, list[float]] = {}
         for row in rows:
-            rivals.setdefault(row.constraint, []).append(mean(row.scores))
+            rivals.setdefault(row.constraint, []).append(shown(row.scores))
         several = len({row.method for row in rows}) > 1
         compared = self.against is not None
         columns: tuple[str, ...] = (
@@ -137,7 +137,7 @@ class Comparison:
         table = [
             [
                 row.constraint,
-                row.method + (" (best)" if mean(row.scores) == max(rivals[row.constraint]) and several else ""),
+                row.method + (" (best)" if shown(row.scores) == max(rivals[row.constraint]) and several else ""),
                 over_seeds(row),
                 sections.percent(row.agreement),
                 str(len(row.scores)),
@@ -202,6 +202,11 @@ def score_table(done: Sequence[Outcome]) -> list[tuple[str, str, str]]:
     for run in done:
         groups.setdefault((run.constraint, run.method), []).append(run.score)
     return [(*key, f"{mean(scores):.2f} % ({len(scores)})") for key, scores in groups.items()]
+
+
+def shown(scores: Sequence[float]) -> float:
+    """The mean as tables show it: what looks equal there counts as equal."""
+    return round(mean(scores), 2)
 
 
 def over_seeds(row: Row) -> str:

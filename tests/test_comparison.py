@@ -235,6 +235,14 @@ def test_earlier_comparisons_are_read(small_job: Path) -> None:
             read_comparison(small_job / "bad.json")
 
 
+def test_what_looks_equal_is_equally_good() -> None:
+    """Means that are the same in the table's two decimals are both the best."""
+    scores = {("cbp", "binary"): 88.881, ("proxquant", "binary"): 88.879, ("askewsgd", "binary"): 88.87}
+    runs = tuple(standings.Outcome(*key, 0, score, 90.0, (), None, None, None) for key, score in scores.items())
+    made = standings.Comparison("", {}, {}, {"epochs": 3}, "top-1", None, runs, {})
+    assert [row[1] for row in made.section().rows] == ["cbp (best)", "proxquant (best)", "askewsgd"]
+
+
 def test_the_plot_takes_runs_of_unequal_length(small_job: Path) -> None:
     run = standings.Outcome("cbp", "binary", 0, 90.0, 91.0, ((1.0, 80.0), (2.0, 90.0)), 0.1, None, 1000)
     longer = standings.Outcome("cbp", "binary", 1, 92.0, 91.0, ((1.0, 85.0), (3.0, 92.0)), 0.1, None, 1000)
