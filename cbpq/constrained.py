@@ -8,8 +8,9 @@ The module's parameters hold what the method has the network compute with; the l
 optimizer step the latent weight and the method's gradient are put in, after it the constrained weight is put back.
 There is nothing in the forward pass: the network runs at its plain speed, under autocast and torch.compile, and
 gradients may accumulate over as many backward passes as you like. With ``cbp`` and ``straight-through`` that is always
-a level, so that evaluating, copying or saving the network at any time shows the constrained one. The other methods come
-to the levels gradually: ``with constrained.projected():`` shows the constrained network, ``finish()`` ends on it.
+a level, so that evaluating, copying or saving the network at any time shows the constrained one. The other methods, and
+``cbp`` with ``soft_window=True``, come to the levels gradually: ``with constrained.projected():`` shows the constrained
+network, ``finish()`` ends on it.
 """
 
 import contextlib
@@ -363,7 +364,8 @@ def constrain(
         quantize_first=quantize_first,
         quantize_last=quantize_last,
     )
-    chosen = resolve(preset, constraint=levels.name, method=method, layers=[("the call", settings)]).settings
+    # without the constraint's name: what the preset has for single ones is of a whole run, with its start and its rate
+    chosen = resolve(preset, method=method, layers=[("the call", settings)]).settings
     return bind(network, optimizer, levels, method, chosen, layers)
 
 

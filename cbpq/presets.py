@@ -178,6 +178,11 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Finer levels are nearer to the start, and larger steps lead away from there first.
 DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
+# Weights that come to two levels gradually, from where they were, end nearer to an original that knows its pictures by
+# heart (examples/cifar10/TRIALS.md). Fast multipliers would hold them before they have found their sides.
+DEFAULT_CBP = {
+    "binary": {"soft_window": True, "window_close": 0.5, "multiplier_lr": 4e-6, "latent_weights": "original"},
+}
 # Noise carries a weight a distance that grows with lr · √steps, so that a longer budget takes smaller steps.
 DEFAULT_LR_STEPS = 480
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
@@ -249,6 +254,8 @@ def resolve(
             lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
     if preset == "default" and constraint in DEFAULT_LR:
         lay(f"preset default, {constraint}", {"lr": DEFAULT_LR[constraint]})
+    if preset == "default" and method == "cbp" and constraint in DEFAULT_CBP:
+        lay(f"preset default, method cbp, {constraint}", DEFAULT_CBP[constraint])
     if preset == "little-data":
         if constraint in LITTLE_DATA_EPOCHS:
             lay(f"preset little-data, {constraint}", {"epochs": LITTLE_DATA_EPOCHS[constraint]})

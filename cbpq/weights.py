@@ -56,17 +56,16 @@ class ConstrainedWeight:
             self._set_aside = _laid_out(self.parameter.data, latent)
         constrained, followed, sums = _matrix(self._set_aside), _matrix(gradient), []
         for rows, piece in self.pieces:
-            if method.computes_with_levels:
+            if method.on_levels():
                 piece = piece._replace(nearest=constrained[rows])
             part = followed[rows]
-            if scale.requires_grad:
+            if scale.requires_grad and not method.fits_scales():
                 nearest = piece.grid.nearest(piece.latent) if piece.nearest is None else piece.nearest
                 sums.append(scale_sums(part, nearest, scale))
             wanted = method.gradient(piece, part, lr)
             if wanted is not part:
                 part.copy_(wanted)
-        if sums:
-            scale.grad = scale_gradient(sums, scale)
+        scale.grad = scale_gradient(sums, scale) if sums else None
         self.parameter.grad = gradient
         self.parameter.data = latent
 
@@ -78,6 +77,8 @@ class ConstrainedWeight:
             return
         if self.parameter.data_ptr() != latent.data_ptr():  # an optimizer that makes new tensors
             latent.copy_(self.parameter)
+        if method.fits_scales():
+            self._fit_scale()
         if scale.requires_grad:
             scale.clamp_(min=SMALLEST_SCALE)
 
@@ -86,6 +87,15 @@ class ConstrainedWeight:
             return method.constrained_weight(piece)
 
         self.install(corrected)
+
+    def _fit_scale(self) -> None:
+        """a ← Σ w q / Σ q², which brings the constrained weights nearest to the latent ones on the levels q that these
+        have now; for two levels the mean magnitude. Where all are on level 0 the scale stays.
+        """
+        scale = self.slot.grid.scale
+        sums = [scale_sums(piece.latent, piece.grid.nearest(piece.latent), scale) for _, piece in self.pieces]
+        products, squares = _over_pieces(sums, scale)  # a Σ w q and a² Σ q²
+        scale.mul_(torch.where(squares > 0, products / squares, 1.0)).clamp_(min=SMALLEST_SCALE)
 
     @torch.no_grad()
     def install(self, weight_of: Callable[[Slot], Tensor]) -> None:
@@ -158,6 +168,11 @@ def scale_gradient(sums: Sequence[tuple[Tensor, Tensor]], scale: Tensor) -> Tens
     the scale can move them in; so weights and scales share a learning rate whatever the layer's size. Where the network
     computes with the latent weights themselves, the scale so follows its least-squares fit to them.
     """
-    numerator, squares = (torch.cat(s) if scale.dim() else torch.stack(s).sum() for s in zip(*sums, strict=True))
-    numerator, squares = numerator.reshape(scale.shape) / scale, squares.reshape(scale.shape) / scale / scale
-    return numerator / squares.clamp_min(1)
+    numerator, squares = _over_pieces(sums, scale)
+    return numerator / scale / (squares / scale / scale).clamp_min(1)
+
+
+def _over_pieces(sums: Sequence[tuple[Tensor, Tensor]], scale: Tensor) -> Iterator[Tensor]:
+    """Both of ``scale_sums``, from all pieces, in the scale's shape."""
+    for parts in zip(*sums, strict=True):
+        yield (torch.cat(parts) if scale.dim() else torch.stack(parts).sum()).reshape(scale.shape)

@@ -138,7 +138,19 @@ EARLY, LATE = STEPS // 5, 2 * STEPS // 3  # in the middle of schedules, and at t
 @pytest.mark.parametrize("preset", ["default", "paper"])  # for a method, little-data is as default
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_conformance(method: str, constraint: str, preset: str, scale: float) -> None:
-    problem = Problem(constraint, method, scale, preset=preset)
+    conforms(method, constraint, preset, scale, {})
+
+
+@pytest.mark.parametrize("constraint", [*NAMES, *TWO_LEVELS])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_conformance_with_a_soft_window(constraint: str, granularity: str, scale: float) -> None:
+    given = {"soft_window": True, "window_close": 0.5, "scale_granularity": granularity}
+    conforms("cbp", constraint, "default", scale, given)
+
+
+def conforms(method: str, constraint: str, preset: str, scale: float, given: dict[str, Any]) -> None:
+    problem = Problem(constraint, method, scale, preset=preset, given=given)
     before = problem.model().item()
     early = problem.train(0, EARLY).state()
     late = problem.train(EARLY, LATE).state()
@@ -154,13 +166,13 @@ def test_conformance(method: str, constraint: str, preset: str, scale: float) ->
 
     # taken up in the middle, it ends on the same bits
     for start, state in ((EARLY, early), (LATE, late)):
-        resumed = Problem(constraint, method, scale, preset=preset).load(state).train(start)
+        resumed = Problem(constraint, method, scale, preset=preset, given=given).load(state).train(start)
         resumed.constrained.finish()
         assert same(resumed.state(), problem.state())
         assert resumed.constrained.method.scalars == problem.constrained.method.scalars
 
     # the order of layers does not matter
-    turned = Problem(constraint, method, scale, ("second", "first"), preset).train()
+    turned = Problem(constraint, method, scale, ("second", "first"), preset, given).train()
     turned.constrained.finish()
     assert same(turned.model.state_dict(), problem.model.state_dict())
     assert same(turned.constrained.state_dict()["weights"], problem.constrained.state_dict()["weights"])
@@ -546,6 +558,74 @@ def test_progress_in_large_strides_owes_nothing() -> None:
     assert windows[1] == windows[2] == windows[3] == pytest.approx(2.0)  # it never opens again
     assert windows[-1] == math.inf
     assert method.scalars["due"] == 50
+
+
+def in_a_soft_window(weight: float, allowed: list[float], window: float) -> float:
+    """What a weight computes as, by the definition: w in the window, stretched over its gap, else the nearest level."""
+    if not allowed[0] < weight < allowed[-1]:
+        return min(max(weight, allowed[0]), allowed[-1])
+    above = next(number for number, level in enumerate(allowed) if level > weight)
+    low, high = allowed[above - 1], allowed[above]
+    middle, half = (low + high) / 2, (high - low) / 2
+    if abs(weight - middle) >= half / window:
+        return high if weight > middle else low
+    return middle + window * (weight - middle)
+
+
+@pytest.mark.parametrize("name", [*CONSTRAINTS, "levels:-1,-0.3,0.3,1", "levels:1,2"])
+@pytest.mark.parametrize("scale", [1e-8, 0.05, 1e8])
+def test_a_soft_window(name: str, scale: float) -> None:
+    levels = level_set(name)
+    method = cbp(multiplier_schedule="progress", soft_window=True, window_close=0.8, multiplier_updates=1)
+    latent = scale * torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
+    grid = Grid(levels, torch.tensor(scale, dtype=torch.float64))
+    slot = Slot(latent, grid, method.start(latent))
+    allowed = [scale * level for level in levels.levels]
+    for progress in (0.0, 0.2, 0.4, 0.79, 0.8):
+        assert method.advance(progress, [slot]).weights_changed
+        window = method.scalars["window"]
+        assert method.on_levels() == (window == math.inf) == (not method.fits_scales())
+        found = method.constrained_weight(slot)
+        if method.on_levels():
+            assert torch.equal(found, grid.nearest(latent))
+            continue
+        expected = [in_a_soft_window(weight, allowed, window) for weight in latent.tolist()]
+        assert found.tolist() == pytest.approx(expected, abs=1e-9 * scale)
+    assert method.on_levels()
+    assert not method.advance(0.9, [slot]).weights_changed
+
+
+def test_a_window_is_soft_in_schedule_progress_alone() -> None:
+    hard, published = cbp(multiplier_schedule="progress"), cbp(soft_window=True)
+    for method in (hard, published):
+        assert method.on_levels()
+        assert not method.fits_scales()
+
+
+@pytest.mark.parametrize("learn_scales", [True, False])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("constraint", [*NAMES, *TWO_LEVELS])
+def test_scales_follow_the_weights_while_the_window_is_open(
+    constraint: str, granularity: str, learn_scales: bool
+) -> None:
+    given = {"soft_window": True, "window_close": 0.5, "learn_scales": learn_scales, "scale_granularity": granularity}
+    problem = Problem(constraint, "cbp", given=given)
+    for stop in range(1, STEPS // 2 + 1):
+        before = {name: problem.constrained.grid(name).scale.detach().clone() for name in problem.constrained.names}
+        problem.train(stop - 1, stop)
+        for name, scale in before.items():
+            latent, grid = problem.constrained.latent(name), Grid(level_set(constraint), scale)
+            for row, (weights, q) in enumerate(zip(latent, grid.level(latent), strict=True)):
+                if granularity == "layer":
+                    weights, q = latent, grid.level(latent)
+                if q.square().sum() > 0:
+                    fitted = (weights * q).sum() / q.square().sum()
+                    now = problem.constrained.grid(name).scale.detach()
+                    assert float(now if granularity == "layer" else now[row]) == pytest.approx(float(fitted), rel=1e-5)
+    before = {name: problem.constrained.grid(name).scale.detach().clone() for name in problem.constrained.names}
+    problem.train(STEPS // 2)
+    moved = [not torch.equal(problem.constrained.grid(name).scale, scale) for name, scale in before.items()]
+    assert all(moved) if learn_scales else not any(moved)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 0.05, 1e8])

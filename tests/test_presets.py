@@ -163,11 +163,12 @@ def test_every_method_has_its_papers_settings() -> None:
         assert all(resolved.origins[name] == f"preset paper, method {method}" for name in values)
         for preset in ("default", "little-data"):
             assert resolve(preset, method=method) == resolve(preset)
+        assert (resolve(method=method, constraint="binary") == resolve()) == (method != "cbp")
     assert resolve("paper", method="cbp") == resolve("paper")
 
 
 def test_default_preset_is_the_short_recipe() -> None:
-    resolved = resolve("default", architecture="alexnet", input_size=32, constraint="binary")
+    resolved = resolve("default", architecture="alexnet", input_size=32, constraint="ternary")
     assert resolved.settings == Settings() == resolve().settings
     assert set(resolved.origins.values()) == {"preset default"}
     settings = resolved.settings
@@ -181,6 +182,16 @@ def test_default_preset_is_the_short_recipe() -> None:
         "cosine",
     )
     assert settings.of(CBP)["multiplier_schedule"] == "progress"
+
+
+def test_default_preset_leads_weights_gradually_to_two_levels() -> None:
+    own = {"soft_window", "window_close", "multiplier_lr", "latent_weights"}
+    plain, binary = resolve(constraint="ternary"), resolve(constraint="binary")
+    assert {name for name, origin in binary.origins.items() if origin == "preset default, method cbp, binary"} == own
+    assert binary.settings.of(CBP)["soft_window"]
+    assert not plain.settings.of(CBP)["soft_window"]
+    hard = resolve(constraint="binary", layers=[("you", {name: plain.settings.to_dict()[name] for name in own})])
+    assert hard.settings == plain.settings
 
 
 def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:

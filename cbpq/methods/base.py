@@ -82,6 +82,16 @@ class Method(ABC):
     def start(self, latent: Tensor) -> State:
         """Tensors to keep for one weight, in its shape."""
 
+    def on_levels(self) -> bool:
+        """Whether ``constrained_weight`` is the nearest level now: always or never, as ``computes_with_levels`` has it,
+        unless the method says otherwise. Who changes from one to the other returns ``weights_changed``.
+        """
+        return self.computes_with_levels
+
+    def fits_scales(self) -> bool:
+        """Whether each scale is fitted to the latent weights after every step for now, instead of being learned."""
+        return False
+
     def constrained_weight(self, slot: Slot) -> Tensor:
         """What the network computes with while it trains, in the latent weight's shape: the nearest level, or
         something on the way there. At the end it is the nearest level, whatever the method.

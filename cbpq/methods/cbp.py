@@ -9,7 +9,7 @@ ascending in λ on the Lagrangian
 ============  ===================  ==================================================================
 symbol        here                 meaning
 ============  ===================  ==================================================================
-w             ``slot.latent``      latent weight; the network computes with its nearest level
+w             ``slot.latent``      latent weight; the network computes with its nearest level, or by (2)
 λ             ``multiplier``       pseudo-Lagrange multiplier, one for each weight, starts at 0
 cs, Y         ``Grid.penalty``     constraint function with window, and without
 g             ``window``           the middle 1/g of each gap between two levels is unconstrained
@@ -28,10 +28,19 @@ closes a notch (g+1 below 10, then +10), λ takes one Adam ascent step, and the 
 the budget, and λ takes ``multiplier_updates`` ascent steps at equal distances. Nothing waits for the Lagrangian to
 stall, which in a short run it never does.
 
+With ``soft_window`` (ours, for schedule ``progress``) a weight in the window is unconstrained in the forward pass too:
+until the window is shut the network computes not with its nearest level, but with
+
+    middle + clip(g (w − middle), −gap/2, gap/2)              middle and width of the gap that w lies in          (2)
+
+which is w itself at g = 1 and its nearest level at the end, and outside the window all along: the proximal map of PARQ
+(Jin et al., ICML 2025, arXiv 2503.15748). Meanwhile the scale is the least-squares one for the latent weights.
+
 Departures from the published code: on a midpoint the upper level is taken (there sign(0) = 0 gives a value that is no
 level); from one update to the next, λ's Adam moments (of the second, the root) rest in float16, in units of the scale.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -85,6 +94,13 @@ class CBP(Method):
         least=1e-6,
         idle={"multiplier_schedule": "lagrangian"},
     )
+    soft_window: bool = setting(
+        False,
+        False,
+        False,
+        "weights in the window compute between the levels until it is shut, and scales follow the weights (progress)",
+        idle={"multiplier_schedule": "lagrangian"},
+    )
     gradient_clip: float = setting(
         1.0, 1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none"
     )
@@ -125,6 +141,24 @@ class CBP(Method):
         if self.follows_lagrangian:
             self._ascend(slots)
 
+    def on_levels(self) -> bool:
+        """Whether no weight is between two levels."""
+        return self.follows_lagrangian or not self.soft_window or self.scalars["window"] == math.inf
+
+    def fits_scales(self) -> bool:
+        """As long as weights are between the levels."""
+        return not self.on_levels()
+
+    def constrained_weight(self, slot: Slot) -> Tensor:
+        """The nearest level, or equation (2)."""
+        latent, grid = slot.latent, slot.grid
+        if self.on_levels():
+            return grid.nearest(latent)
+        lower, gap = grid.gap(latent)
+        half = gap.div_(2)
+        middle = lower.add_(half)
+        return (latent - middle).mul_(self.scalars["window"]).clamp_(-half, half).add_(middle)
+
     def gradient(self, slot: Slot, gradient: Tensor, lr: float) -> Tensor:
         """∂L/∂w = ∂C/∂w + λ cs'(w), clipped by value."""
         if self.scalars["ascents"]:  # before the first one λ = 0 everywhere
@@ -145,15 +179,16 @@ class CBP(Method):
         """Window and multipliers of the ``progress`` schedule."""
         if self.follows_lagrangian:
             return Update()
+        between = not self.on_levels()  # the window, as it moves, changes what the network computes with
         free_share = max(0.0, 1 - progress / self.window_close)
-        window = 1 / free_share if free_share else float("inf")
+        window = 1 / free_share if free_share else math.inf
         self.scalars["window"] = max(self.scalars["window"], window)  # it never opens again
         due = int(progress * self.multiplier_updates + 1e-9)  # 29/50 · 50 is a little less than 29
         if due <= self.scalars["due"]:
-            return Update()
+            return Update(weights_changed=between)
         self.scalars["due"] = due  # a caller that advances in large strides skips ascents, it does not owe them
         self._ascend(slots)
-        return Update(multipliers_updated=True)
+        return Update(multipliers_updated=True, weights_changed=between)
 
     def end_epoch(self, slots: Iterable[Slot], loss_sum: float | None) -> Update:
         """Window, multipliers and learning rate of the published schedule."""
