@@ -479,6 +479,19 @@ def test_the_ablation_halves_the_learning_rate_of_constraint_and_budget() -> Non
     assert ablation.replaced("scales fixed", "binary", 1) == ["--set", "learn_scales=false"]
 
 
+def test_the_ablation_replaces_what_the_preset_does_not_have_already() -> None:
+    ablation = script("cifar10.ablation")
+    same = {c: {part for part in ablation.PARTS if ablation.as_it_is(part, c, 2)} for c in ("binary", "two-bit-shift")}
+    assert same["binary"] == {ablation.WHOLE, "latent weights start at the original ones"}
+    assert same["two-bit-shift"] == {
+        ablation.WHOLE,
+        "as ternary weights are led: on levels all along, from compensated rounding",
+        "on levels from the first step on",
+        "window open to the end of 90 % of the budget",
+        "latent weights start where compensated rounding put them",
+    }
+
+
 def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row's name begins with another's."""
     ablation = script("cifar10.ablation")

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cbpq.presets import resolve
+from cbpq.presets import parse_setting, resolve
 from examples.runs import keep, over_seeds, quantized
 
 NETWORK = "examples.cifar10.resnet:resnet20"
@@ -24,10 +24,19 @@ RESULTS = Path(__file__).parent / "results"
 WHOLE = "the preset as it is"
 IMAGES = 45_000  # that are trained on
 CONSTANT = ("--set", "lr_schedule=constant")
+HARD = tuple(
+    flag
+    for value in ("soft_window=false", "window_close=0.9", "multiplier_lr=0.00002", "latent_weights=compensated")
+    for flag in ("--set", value)
+)
 PARTS = {
     WHOLE: (),
     "no multipliers, no window (straight-through)": ("--method", "straight-through"),
+    "as ternary weights are led: on levels all along, from compensated rounding": HARD,
+    "on levels from the first step on": ("--set", "soft_window=false"),
+    "window open to the end of 90 % of the budget": ("--set", "window_close=0.9"),
     "latent weights start at the original ones": ("--set", "latent_weights=original"),
+    "latent weights start where compensated rounding put them": ("--set", "latent_weights=compensated"),
     "latent weights start on their levels": ("--set", "latent_weights=snapped"),
     "start from nearest rounding": ("--rounding", "nearest"),
     "distillation of outputs alone (KL)": ("--set", "distillation_loss=kl"),
@@ -37,12 +46,12 @@ PARTS = {
     "learning rate doubled": ("--lr", "{double}"),
     "learning rate of a short budget": ("--lr", "{short}"),
     "batches of 64": ("--batch-size", "64"),
-    "multipliers grow a fifth as fast": ("--set", "multiplier_lr=0.000004"),
-    "multipliers grow five times as fast": ("--set", "multiplier_lr=0.0001"),
-    "multipliers grow fifty times as fast": ("--set", "multiplier_lr=0.001"),
+    "multipliers grow a fifth as fast": ("--set", "multiplier_lr={slow}"),
+    "multipliers grow five times as fast": ("--set", "multiplier_lr={fast}"),
+    "multipliers grow fifty times as fast": ("--set", "multiplier_lr={fastest}"),
     "learning rate constant": CONSTANT,
-    "learning rate constant, multipliers grow five times as fast": (*CONSTANT, "--set", "multiplier_lr=0.0001"),
-    "learning rate constant, multipliers grow fifty times as fast": (*CONSTANT, "--set", "multiplier_lr=0.001"),
+    "learning rate constant, multipliers grow five times as fast": (*CONSTANT, "--set", "multiplier_lr={fast}"),
+    "learning rate constant, multipliers grow fifty times as fast": (*CONSTANT, "--set", "multiplier_lr={fastest}"),
     "learning rate constant, no multipliers, no window": (*CONSTANT, "--method", "straight-through"),
     "scales fixed": ("--set", "learn_scales=false"),
     "one scale for each layer": ("--set", "scale_granularity=layer"),
@@ -67,7 +76,8 @@ def main() -> None:
     chosen = parser.parse_args()
     names = list(PARTS)
     for seed, part, constraint in product(chosen.seeds, chosen.parts or range(len(names)), chosen.constraints):
-        one_run(chosen, names[part], constraint, seed)
+        if names[part] == WHOLE or not as_it_is(names[part], constraint, chosen.epochs):
+            one_run(chosen, names[part], constraint, seed)
     print(table(chosen.epochs, chosen.constraints))
 
 
@@ -101,11 +111,20 @@ def stem(epochs: int, constraint: str, part: str) -> str:
     return f"ablation-{epochs}-{constraint}-{re.sub('[^a-z0-9]+', '-', part.lower()).strip('-')}"
 
 
+def as_it_is(part: str, constraint: str, epochs: int) -> bool:
+    """Whether the preset has a row's settings already."""
+    values = resolve(constraint=constraint).settings.to_dict()
+    pairs = [flag.partition("=") for flag in replaced(part, constraint, epochs) if flag != "--set"]
+    return all(name in values and parse_setting(name, value, "") == values[name] for name, _, value in pairs)
+
+
 def replaced(part: str, constraint: str, epochs: int) -> list[str]:
-    """The flags of a row, whose learning rates are relative to what the preset has for the constraint and budget."""
-    lr = resolve(constraint=constraint, images=IMAGES, layers=[("ablation", {"epochs": epochs})]).settings.lr
-    short = resolve(constraint=constraint).settings.lr
-    return [flag.format(half=lr / 2, double=lr * 2, short=short) for flag in PARTS[part]]
+    """The flags of a row, whose rates are relative to what the preset has for the constraint and budget."""
+    preset = resolve(constraint=constraint, images=IMAGES, layers=[("ablation", {"epochs": epochs})]).settings
+    rates = {"half": preset.lr / 2, "double": preset.lr * 2, "short": resolve(constraint=constraint).settings.lr}
+    grows = preset.of_methods["multiplier_lr"]
+    rates |= {"slow": grows / 5, "fast": grows * 5, "fastest": grows * 50}
+    return [flag.format(**{name: f"{rate:.6g}" for name, rate in rates.items()}) for flag in PARTS[part]]
 
 
 def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -> None:

@@ -114,8 +114,8 @@ def command_line() -> argparse.ArgumentParser:
         "--start",
         choices=("original", "compensated"),
         default="original",
-        help="latent weights: the original ones, as PARQ takes them (default), or where cbpq's settings have methods "
-        "start; four levels are then taken as evenly spaced",
+        help="latent weights: the original ones, as PARQ takes them (default), or where compensated rounding puts them; "
+        "four levels are then taken as evenly spaced",
     )
     parser.add_argument("--steepness", type=float, default=100.0, help="of the annealing")
     parser.add_argument("--anneal-end", type=float, default=0.75, help="share of the budget after which it is over")
@@ -208,12 +208,12 @@ def one_run(name: str, job: Plan, levels: Levels, own: dict[str, Any], parq: Mod
 
 @torch.no_grad()
 def start_compensated(job: Plan, data: Data, network: nn.Module, teacher: nn.Module) -> None:
-    """Start where ``cbpq quantize`` does: at weights whose rounding compensates its own errors."""
+    """Start at weights whose rounding compensates its own errors, as most methods of ``cbpq compare`` do."""
     settings = job.resolved.settings
     rounding = Rounding(job.levels, settings.rounding, settings.scale_rule, settings.scale_granularity)
     images = calibration_images(data, job.device)
     starts = round_network(network, teacher, job.layers.constrained, rounding, images, lambda: None, job.layers.after)
-    for name, start in handed_on(network, teacher, starts, job.levels, settings.latent_weights).items():
+    for name, start in handed_on(network, teacher, starts, job.levels, "compensated").items():
         network.get_parameter(name).copy_(start.latent)
 
 
