@@ -227,7 +227,12 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         held_out, kl = run["held_out"], run["kl"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{run['loss_of_last_steps']:.4f} | {kl['held_out']:.3f} | {kl['seen']:.3f} |" in text
-    names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "ten-epochs-cbp-binary")
+    for run in json.loads((folder / "results" / "soft-window-trials.json").read_text())["runs"]:
+        title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
+        held_out, kl = run["held_out"], run["kl"]
+        row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
+        assert f"{row}{kl['held_out']:.4f} | {kl['seen']:.4f} |" in text
+    names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "hard-ten-epochs-cbp-binary")
     for name in (*names, "former-ten-epochs-bfloat16-straight-through"):
         (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
         assert f"| 1 | {run['score']:.2f} % | {run['agreement']:.2f} % |" in text
