@@ -114,8 +114,8 @@ def command_line() -> argparse.ArgumentParser:
         "--start",
         choices=("original", "compensated"),
         default="original",
-        help="latent weights: the original ones, as PARQ takes them (default), or where compensated rounding puts them; "
-        "four levels are then taken as evenly spaced",
+        help="latent weights: the original ones, as PARQ takes them (default), or where compensated rounding puts "
+        "them; four levels are then taken as evenly spaced",
     )
     parser.add_argument("--steepness", type=float, default=100.0, help="of the annealing")
     parser.add_argument("--anneal-end", type=float, default=0.75, help="share of the budget after which it is over")
