@@ -178,8 +178,8 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Finer levels are nearer to the start, and larger steps lead away from there first.
 DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
-# Weights that come to two levels gradually, from where they were, end nearer to an original that knows its pictures by
-# heart (examples/cifar10/TRIALS.md). Fast multipliers would hold them before they have found their sides.
+# Weights that come to two levels gradually, from where they were, end nearer to the original; fast multipliers hold
+# some before they have found their side (examples/cifar10/TRIALS.md).
 DEFAULT_CBP = {
     "binary": {"soft_window": True, "window_close": 0.7, "multiplier_lr": 4e-6, "latent_weights": "original"},
 }
