@@ -79,7 +79,7 @@ class ConstrainedWeight:
             latent.copy_(self.parameter)
         if method.fits_scales():
             self._fit_scale()
-        if scale.requires_grad:
+        elif scale.requires_grad:
             scale.clamp_(min=SMALLEST_SCALE)
 
         def corrected(piece: Slot) -> Tensor:

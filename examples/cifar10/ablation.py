@@ -24,10 +24,9 @@ RESULTS = Path(__file__).parent / "results"
 WHOLE = "the preset as it is"
 IMAGES = 45_000  # that are trained on
 CONSTANT = ("--set", "lr_schedule=constant")
-HARD = tuple(
-    flag
-    for value in ("soft_window=false", "window_close=0.9", "multiplier_lr=0.00002", "latent_weights=compensated")
-    for flag in ("--set", value)
+HARD = (
+    *("--set", "soft_window=false", "--set", "window_close=0.9"),
+    *("--set", "multiplier_lr=0.00002", "--set", "latent_weights=compensated"),
 )
 PARTS = {
     WHOLE: (),
