@@ -276,11 +276,13 @@ class HalfWay(Method):
     """After every step a share of the way to the nearest level."""
 
     name: ClassVar = "half-way"
-    computes_with_levels: ClassVar = False
     half_way_share: float = setting(0.5, 0.25, 0.25, "half-way: the share", most=1)
 
     def start(self, latent):
         return {}
+
+    def on_levels(self):
+        return False
 
     def constrained_weight(self, slot):
         return slot.latent

@@ -51,7 +51,6 @@ class AdaSTE(Method):
     """The adaptive straight-through estimator, for two levels."""
 
     name: ClassVar = "adaste"
-    computes_with_levels: ClassVar = False
     paper: ClassVar = {"epochs": 700, "batch_size": 128, "lr": 3e-4, "lr_schedule": "cosine", "weight_decay": 0.0}
 
     adaste_margin: float = setting(
@@ -85,6 +84,10 @@ class AdaSTE(Method):
         first, full = self.adaste_coupling, 1 / self.adaste_margin
         share = self.scalars["progress"] / self.adaste_full
         return full if share >= 1 else min(full, first * (full / first) ** share)
+
+    def on_levels(self) -> bool:
+        """Never: the network comes to its levels gradually."""
+        return False
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """w* of equation (1)."""

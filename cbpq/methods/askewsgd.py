@@ -49,7 +49,6 @@ class AskewSGD(Method):
     """Annealed interval constraints, for any levels."""
 
     name: ClassVar = "askewsgd"
-    computes_with_levels: ClassVar = False
     paper: ClassVar = {"epochs": 300, "batch_size": 256, "lr": 0.1}
 
     askewsgd_rate: float = setting(1.0, 1.0, 1.0, "askewsgd: κ, how fast a weight returns to its interval")
@@ -66,6 +65,10 @@ class AskewSGD(Method):
     def start(self, latent: Tensor) -> State:
         """Nothing."""
         return {}
+
+    def on_levels(self) -> bool:
+        """Never: the network comes to its levels gradually."""
+        return False
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """The weight itself."""

@@ -64,9 +64,6 @@ class Method(ABC):
     paper: ClassVar[Mapping[str, Any]] = {}
     """What preset ``paper`` has for this method in place of the settings of CBP's paper that all methods share."""
 
-    computes_with_levels: ClassVar[bool] = True
-    """Whether ``constrained_weight`` is the nearest level: False for a method that has one of its own."""
-
     scalars: dict[str, Any] = field(init=False, repr=False, default_factory=dict)
     """Everything the method remembers that is no tensor; plain numbers, so that it can be saved."""
 
@@ -83,10 +80,10 @@ class Method(ABC):
         """Tensors to keep for one weight, in its shape."""
 
     def on_levels(self) -> bool:
-        """Whether ``constrained_weight`` is the nearest level now: always or never, as ``computes_with_levels`` has it,
-        unless the method says otherwise. Who changes from one to the other returns ``weights_changed``.
+        """Whether ``constrained_weight`` is the nearest level now. A method that has one of its own says no; one that
+        changes from this to that returns ``weights_changed`` as it does.
         """
-        return self.computes_with_levels
+        return True
 
     def fits_scales(self) -> bool:
         """Whether each scale is fitted to the latent weights after every step for now, instead of being learned."""

@@ -42,7 +42,6 @@ class ProxQuant(Method):
     """Proximal steps toward the nearest level, for any levels."""
 
     name: ClassVar = "proxquant"
-    computes_with_levels: ClassVar = False
     paper: ClassVar = {"epochs": 300, "batch_size": 128, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.0}
 
     proxquant_strength: float = setting(
@@ -58,6 +57,10 @@ class ProxQuant(Method):
     def start(self, latent: Tensor) -> State:
         """The level, before scaling, that each weight is frozen on; it means nothing before."""
         return {"level": torch.zeros_like(latent)}
+
+    def on_levels(self) -> bool:
+        """Never: the network comes to its levels gradually."""
+        return False
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """The weight itself, which is a level once it is frozen."""
