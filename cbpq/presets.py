@@ -181,7 +181,13 @@ DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
 # Weights that come to two levels gradually, from where they were, end nearer to the original; fast multipliers hold
 # some before they have found their side (examples/cifar10/TRIALS.md).
 DEFAULT_CBP = {
-    "binary": {"soft_window": True, "window_close": 0.7, "multiplier_lr": 4e-6, "latent_weights": "original"},
+    "binary": {
+        "soft_window": True,
+        "window_close": 0.95,
+        "window_power": 3.0,
+        "multiplier_lr": 4e-6,
+        "latent_weights": "original",
+    },
 }
 # Noise carries a weight a distance that grows with lr · √steps, so that a longer budget takes smaller steps.
 DEFAULT_LR_STEPS = 480

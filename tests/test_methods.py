@@ -534,16 +534,17 @@ def progress_run(points: list[float], **given: Any) -> tuple[list[float], list[b
 
 @pytest.mark.parametrize("steps", [50, 100, 299, 1000])
 @pytest.mark.parametrize("updates", [0, 1, 7, 50])
-def test_progress_schedule(steps: int, updates: int) -> None:
+@pytest.mark.parametrize("power", [1.0, 3.0])
+def test_progress_schedule(steps: int, updates: int, power: float) -> None:
     points = [(k + 1) / steps for k in range(steps)]
-    windows, ascents, method = progress_run(points, multiplier_updates=updates, window_close=0.8)
+    windows, ascents, method = progress_run(points, multiplier_updates=updates, window_close=0.8, window_power=power)
     assert sum(ascents) == updates
     taken = [point for point, ascent in zip(points, ascents, strict=True) if ascent]
     for number, point in enumerate(taken):
         assert point == pytest.approx((number + 1) / max(updates, 1), abs=1 / steps)
     for point, window in zip(points, windows, strict=True):
         if point < 0.8:
-            assert window == pytest.approx(1 / (1 - point / 0.8), rel=1e-9)
+            assert window == pytest.approx((1 - point / 0.8) ** -power, rel=1e-9)
         elif point > 0.8 + 1e-9:
             assert window == math.inf
     assert windows == sorted(windows)
@@ -595,6 +596,19 @@ def test_a_soft_window(name: str, scale: float) -> None:
         assert found.tolist() == pytest.approx(expected, abs=1e-9 * scale)
     assert method.on_levels()
     assert not method.advance(0.9, [slot]).weights_changed
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-4, 1e-13, 1e-16])
+def test_a_soft_window_that_is_almost_shut(left: float) -> None:
+    latent = torch.tensor([-1e-30, 0.0, 1e-30, 0.5, 1e30])
+    grid = Grid(level_set("binary"), torch.tensor(1.0))
+    method = cbp(multiplier_schedule="progress", soft_window=True, window_close=1.0, window_power=10.0)
+    slot = Slot(latent, grid, method.start(latent))
+    method.advance(1 - left, [slot])
+    found = method.constrained_weight(slot)
+    assert found.tolist()[3:] == [1, 1]
+    assert all(abs(value) <= 1 for value in found.tolist())  # and no NaN, which compares as nothing does
+    assert method.on_levels() == (left < 0.1)
 
 
 def test_a_window_is_soft_in_schedule_progress_alone() -> None:

@@ -185,7 +185,7 @@ def test_default_preset_is_the_short_recipe() -> None:
 
 
 def test_default_preset_leads_weights_gradually_to_two_levels() -> None:
-    own = {"soft_window", "window_close", "multiplier_lr", "latent_weights"}
+    own = {"soft_window", "window_close", "window_power", "multiplier_lr", "latent_weights"}
     plain, binary = resolve(constraint="ternary"), resolve(constraint="binary")
     assert {name for name, origin in binary.origins.items() if origin == "preset default, method cbp, binary"} == own
     assert binary.settings.of(CBP)["soft_window"]

@@ -24,9 +24,9 @@ moves w; w is clamped. λ and g move seldom, by one of two schedules:
 closes a notch (g+1 below 10, then +10), λ takes one Adam ascent step, and the learning rate drops once, when g reaches
 20.
 
-``progress`` (ours, for a fixed budget): over the run, 1/g falls linearly from 1 to 0 at the share ``window_close`` of
-the budget, and λ takes ``multiplier_updates`` ascent steps at equal distances. Nothing waits for the Lagrangian to
-stall, which in a short run it never does.
+``progress`` (ours, for a fixed budget): over the run, 1/g falls from 1 to 0 at the share ``window_close`` of the budget,
+linearly or as a higher power (``window_power``) of what is left until then, and λ takes ``multiplier_updates`` ascent
+steps at equal distances. Nothing waits for the Lagrangian to stall, which in a short run it never does.
 
 With ``soft_window`` (ours, for schedule ``progress``) a weight in the window is unconstrained in the forward pass too:
 until the window is shut the network computes not with its nearest level, but with
@@ -57,6 +57,7 @@ from cbpq.settings import setting
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's usual constants, as published
 NO_PREVIOUS = 1e10
 LR_DROP_AT_WINDOW = 20
+SHUT = 1e-12  # 1/g from which on the window counts as shut, long before g is more than float32 can hold
 
 
 @dataclass(eq=False)
@@ -92,6 +93,16 @@ class CBP(Method):
         0.9,
         "share of the budget after which the window is shut (progress)",
         least=1e-6,
+        idle={"multiplier_schedule": "lagrangian"},
+    )
+    window_power: float = setting(
+        1.0,
+        1.0,
+        1.0,
+        "the window's width falls as this power of what is left until it is shut: above 1 fast first, then slowly "
+        "(progress)",
+        least=0.1,
+        most=10,
         idle={"multiplier_schedule": "lagrangian"},
     )
     soft_window: bool = setting(
@@ -180,8 +191,8 @@ class CBP(Method):
         if self.follows_lagrangian:
             return Update()
         between = not self.on_levels()  # the window, as it moves, changes what the network computes with
-        free_share = max(0.0, 1 - progress / self.window_close)
-        window = 1 / free_share if free_share else math.inf
+        free_share = max(0.0, 1 - progress / self.window_close) ** self.window_power
+        window = 1 / free_share if free_share > SHUT else math.inf
         self.scalars["window"] = max(self.scalars["window"], window)  # it never opens again
         due = int(progress * self.multiplier_updates + 1e-9)  # 29/50 · 50 is a little less than 29
         if due <= self.scalars["due"]:
