@@ -233,7 +233,7 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{kl['held_out']:.4f} | {kl['seen']:.4f} |" in text
     names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "hard-ten-epochs-cbp-binary")
-    for name in (*names, "former-ten-epochs-bfloat16-straight-through"):
+    for name in (*names, "former-ten-epochs-bfloat16-straight-through", "linear-ten-epochs-cbp-binary"):
         (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
         assert f"| 1 | {run['score']:.2f} % | {run['agreement']:.2f} % |" in text
 
@@ -492,7 +492,6 @@ def test_the_ablation_replaces_what_the_preset_does_not_have_already() -> None:
         ablation.WHOLE,
         "as ternary weights are led: on levels all along, from compensated rounding",
         "on levels from the first step on",
-        "window open to the end of 90 % of the budget",
         "latent weights start where compensated rounding put them",
     }
 

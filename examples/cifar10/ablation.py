@@ -25,7 +25,7 @@ WHOLE = "the preset as it is"
 IMAGES = 45_000  # that are trained on
 CONSTANT = ("--set", "lr_schedule=constant")
 HARD = (
-    *("--set", "soft_window=false", "--set", "window_close=0.9"),
+    *("--set", "soft_window=false", "--set", "window_close=0.9", "--set", "window_power=1"),
     *("--set", "multiplier_lr=0.00002", "--set", "latent_weights=compensated"),
 )
 PARTS = {
@@ -33,7 +33,7 @@ PARTS = {
     "no multipliers, no window (straight-through)": ("--method", "straight-through"),
     "as ternary weights are led: on levels all along, from compensated rounding": HARD,
     "on levels from the first step on": ("--set", "soft_window=false"),
-    "window open to the end of 90 % of the budget": ("--set", "window_close=0.9"),
+    "window closes evenly, until 70 % of the budget": ("--set", "window_power=1", "--set", "window_close=0.7"),
     "latent weights start at the original ones": ("--set", "latent_weights=original"),
     "latent weights start where compensated rounding put them": ("--set", "latent_weights=compensated"),
     "latent weights start on their levels": ("--set", "latent_weights=snapped"),
