@@ -178,9 +178,11 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
 # Finer levels are nearer to the start, and larger steps lead away from there first.
 DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
-# Weights that come to two levels gradually, from where they were, end nearer to the original; fast multipliers hold
-# some before they have found their side (examples/cifar10/TRIALS.md).
-DEFAULT_CBP = {
+# Above so many steps a budget is long: smaller steps, as noise carries a weight a distance that grows with lr · √steps,
+# and weights that come to two levels gradually, from where they were. These end nearer to the original then, and not in
+# fewer steps; fast multipliers hold some before they have found their side (examples/cifar10/TRIALS.md).
+LONG_BUDGET_STEPS = 480
+LONG_BUDGET_CBP = {
     "binary": {
         "soft_window": True,
         "window_close": 0.95,
@@ -189,8 +191,6 @@ DEFAULT_CBP = {
         "latent_weights": "original",
     },
 }
-# Noise carries a weight a distance that grows with lr · √steps, so that a longer budget takes smaller steps.
-DEFAULT_LR_STEPS = 480
 # Little data: with fine levels rounding alone comes so close that training on a few pictures wins nothing; with two or
 # three levels it does.
 LITTLE_DATA_EPOCHS = {"binary": 16, "ternary": 16}
@@ -230,8 +230,9 @@ def resolve(
         input_size: the larger of height and width, in pixels, for the same.
         constraint: its name, for the same.
         method: its name: preset ``paper`` is that method's published recipe.
-        images: training pictures, for the learning rate of preset ``default``: above DEFAULT_LR_STEPS steps in all it
-            falls with the square root of their number. 0 where that is not known.
+        images: training pictures, 0 where that is not known: preset ``default`` has values of its own for budgets of
+            more than LONG_BUDGET_STEPS steps in all, above which the learning rate falls with the square root of their
+            number.
         layers: (origin, values) from the weakest to the strongest; values may be strings, as environment variables are.
 
     Raises:
@@ -260,8 +261,6 @@ def resolve(
             lay(f"preset paper, model {model}, shift constraints", {"lr": PAPER_SHIFT_LR[model]})
     if preset == "default" and constraint in DEFAULT_LR:
         lay(f"preset default, {constraint}", {"lr": DEFAULT_LR[constraint]})
-    if preset == "default" and method == "cbp" and constraint in DEFAULT_CBP:
-        lay(f"preset default, method cbp, {constraint}", DEFAULT_CBP[constraint])
     if preset == "little-data":
         if constraint in LITTLE_DATA_EPOCHS:
             lay(f"preset little-data, {constraint}", {"epochs": LITTLE_DATA_EPOCHS[constraint]})
@@ -270,10 +269,12 @@ def resolve(
     for origin, mapping in layers:
         lay(origin, mapping)
     steps = values["epochs"] * max(images, values["epoch_images"]) / values["batch_size"]
-    lr_given = any("lr" in mapping for _, mapping in layers)
-    if preset == "default" and not lr_given and steps > DEFAULT_LR_STEPS:
-        lr = values["lr"] * math.sqrt(DEFAULT_LR_STEPS / steps)
-        lay("preset default, long budget", {"lr": float(f"{lr:.2g}")})
+    if preset == "default" and steps > LONG_BUDGET_STEPS:
+        long: dict[str, Any] = {"lr": float(f"{values['lr'] * math.sqrt(LONG_BUDGET_STEPS / steps):.2g}")}
+        if method == "cbp":
+            long |= LONG_BUDGET_CBP.get(constraint, {})
+        given = {name for _, mapping in layers for name in mapping}
+        lay("preset default, long budget", {name: value for name, value in long.items() if name not in given})
     own = {name: values.pop(name) for name in OF_METHODS}
     return Resolved(preset, Settings(**values, of_methods=own), origins)
 

@@ -163,7 +163,9 @@ def test_every_method_has_its_papers_settings() -> None:
         assert all(resolved.origins[name] == f"preset paper, method {method}" for name in values)
         for preset in ("default", "little-data"):
             assert resolve(preset, method=method) == resolve(preset)
-        assert (resolve(method=method, constraint="binary") == resolve()) == (method != "cbp")
+        assert (resolve(method=method, constraint="binary", images=50_000) == resolve(images=50_000)) == (
+            method != "cbp"
+        )
     assert resolve("paper", method="cbp") == resolve("paper")
 
 
@@ -184,14 +186,20 @@ def test_default_preset_is_the_short_recipe() -> None:
     assert settings.of(CBP)["multiplier_schedule"] == "progress"
 
 
-def test_default_preset_leads_weights_gradually_to_two_levels() -> None:
+def test_default_preset_leads_weights_gradually_to_two_levels_where_there_is_time() -> None:
     own = {"soft_window", "window_close", "window_power", "multiplier_lr", "latent_weights"}
-    plain, binary = resolve(constraint="ternary"), resolve(constraint="binary")
-    assert {name for name, origin in binary.origins.items() if origin == "preset default, method cbp, binary"} == own
+    plain, binary = (resolve(constraint=name, images=50_000) for name in ("ternary", "binary"))
+    assert {name for name, origin in binary.origins.items() if origin == "preset default, long budget"} == own | {"lr"}
     assert binary.settings.of(CBP)["soft_window"]
     assert not plain.settings.of(CBP)["soft_window"]
-    hard = resolve(constraint="binary", layers=[("you", {name: plain.settings.to_dict()[name] for name in own})])
+    values = plain.settings.to_dict()
+    hard = resolve(constraint="binary", images=50_000, layers=[("you", {name: values[name] for name in own})])
     assert hard.settings == plain.settings
+    layers = [("you", {"epochs": 1})]
+    for images, gradually in ((61_440, False), (61_441, True)):  # 480 steps, and more
+        settings = resolve(constraint="binary", images=images, layers=layers).settings
+        assert settings.of(CBP)["soft_window"] == gradually
+        assert (settings == resolve(layers=layers).settings) != gradually
 
 
 def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:

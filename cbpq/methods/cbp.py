@@ -24,9 +24,9 @@ moves w; w is clamped. λ and g move seldom, by one of two schedules:
 closes a notch (g+1 below 10, then +10), λ takes one Adam ascent step, and the learning rate drops once, when g reaches
 20.
 
-``progress`` (ours, for a fixed budget): over the run, 1/g falls from 1 to 0 at the share ``window_close`` of the budget,
-linearly or as a higher power (``window_power``) of what is left until then, and λ takes ``multiplier_updates`` ascent
-steps at equal distances. Nothing waits for the Lagrangian to stall, which in a short run it never does.
+``progress`` (ours, for a fixed budget): over the run, 1/g falls from 1 to 0 at the share ``window_close`` of the
+budget, evenly or as a higher power (``window_power``) of what is left until then, and λ takes ``multiplier_updates``
+ascent steps at equal distances. Nothing waits for the Lagrangian to stall, which in a short run it never does.
 
 With ``soft_window`` (ours, for schedule ``progress``) a weight in the window is unconstrained in the forward pass too:
 until the window is shut the network computes not with its nearest level, but with

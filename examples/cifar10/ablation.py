@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cbpq.presets import parse_setting, resolve
+from cbpq.presets import Settings, parse_setting, resolve
 from examples.runs import keep, over_seeds, quantized
 
 NETWORK = "examples.cifar10.resnet:resnet20"
@@ -112,14 +112,19 @@ def stem(epochs: int, constraint: str, part: str) -> str:
 
 def as_it_is(part: str, constraint: str, epochs: int) -> bool:
     """Whether the preset has a row's settings already."""
-    values = resolve(constraint=constraint).settings.to_dict()
+    values = of_preset(constraint, epochs).to_dict()
     pairs = [flag.partition("=") for flag in replaced(part, constraint, epochs) if flag != "--set"]
     return all(name in values and parse_setting(name, value, "") == values[name] for name, _, value in pairs)
 
 
+def of_preset(constraint: str, epochs: int) -> Settings:
+    """The settings of the preset as it is."""
+    return resolve(constraint=constraint, images=IMAGES, layers=[("ablation", {"epochs": epochs})]).settings
+
+
 def replaced(part: str, constraint: str, epochs: int) -> list[str]:
     """The flags of a row, whose rates are relative to what the preset has for the constraint and budget."""
-    preset = resolve(constraint=constraint, images=IMAGES, layers=[("ablation", {"epochs": epochs})]).settings
+    preset = of_preset(constraint, epochs)
     rates = {"half": preset.lr / 2, "double": preset.lr * 2, "short": resolve(constraint=constraint).settings.lr}
     grows = preset.of_methods["multiplier_lr"]
     rates |= {"slow": grows / 5, "fast": grows * 5, "fastest": grows * 50}
