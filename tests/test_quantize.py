@@ -520,7 +520,7 @@ def test_help_names_every_method() -> None:
 def test_constraints(job: Path, tmp_path: Path, constraint: str, levels: int, learned: bool) -> None:
     outcome = run(
         *(job, tmp_path / "out", "-c", constraint, "--epochs", "1", "-b", "96", "--rounding", "nearest"),
-        *("--set", f"learn_scales={learned}", "--set", "lr=0.5", "--set", "warmup=0", "--set", "soft_window=false"),
+        *("--set", f"learn_scales={learned}", "--set", "lr=0.5", "--set", "warmup=0"),
     )
     assert outcome.code == 0, outcome.err
     content = read(tmp_path / "out" / "model.safetensors")
