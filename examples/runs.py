@@ -31,11 +31,12 @@ def quantized(output: Path, *arguments: str) -> dict[str, Any]:
     return report
 
 
-def keep(path: Path, report: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """Write the small JSON of a run: its command, what was ``measured``, stages, settings and versions."""
+def keep(path: Path, report: dict[str, Any], measured: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Write the small JSON of a run: its command, what was ``measured``, ``more``, stages, settings and versions."""
     kept = {
         "command": without_folders(report["command"]),
         "test": {key: measured[key] for key in ("top1", "top1_interval", "loss", "images", "comparison")},
+        **more,
         "stages": report["stages"],
         "seconds": report["seconds"],
         "file_bytes": report["sizes"]["file_bytes"],

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import runpy
 import shlex
@@ -227,7 +228,8 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         held_out, kl = run["held_out"], run["kl"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{run['loss_of_last_steps']:.4f} | {kl['held_out']:.3f} | {kl['seen']:.3f} |" in text
-    for run in json.loads((folder / "results" / "soft-window-trials.json").read_text())["runs"]:
+    last = [json.loads((folder / "results" / f"{name}-trials.json").read_text()) for name in ("soft-window", "variety")]
+    for run in (run for trials in last for run in trials["runs"]):
         title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
         held_out, kl = run["held_out"], run["kl"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
@@ -475,6 +477,52 @@ def test_a_run_in_two_comparisons_counts_once() -> None:
     ]
 
 
+def test_the_distance_of_files_from_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, network = script("cifar10.divergence"), script("cifar10.resnet").resnet20()
+    torch.save(network.state_dict(), tmp_path / "resnet20.th")
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(12) % 10
+    train, val = slice(7), slice(7, None)
+    np.savez(
+        tmp_path / "cifar10.npz",
+        train_images=images[train],
+        train_labels=labels[train],
+        val_images=images[val],
+        val_labels=labels[val],
+    )
+    files = ("--weights", str(tmp_path / "resnet20.th"), "--data", str(tmp_path / "cifar10.npz"))
+    quantize = ("quantize", module.NETWORK, *files, "-c", "ternary", "--epochs", "0", "-o", str(tmp_path / "out"))
+    assert command(*quantize).code == 0
+    original = load_model(module.NETWORK, weights=tmp_path / "resnet20.th")
+    quantized = cbpq.load(tmp_path / "out" / "model.safetensors", arch=module.NETWORK)
+    expected, same = {"val": 0.0, "seen": 0.0}, {"val": 0, "seen": 0}
+    for name, pictures in {"seen": images[train], "val": images[val]}.items():
+        for picture in pictures:
+            p, q = ([float(value) for value in net.model.eval()(one(picture, net))[0]] for net in (original, quantized))
+            total_p, total_q = sum(map(math.exp, p)), sum(map(math.exp, q))
+            logs = [(a - math.log(total_p), b - math.log(total_q)) for a, b in zip(p, q, strict=True)]
+            expected[name] += sum(math.exp(a) * (a - b) for a, b in logs) / len(pictures)
+            same[name] += p.index(max(p)) == q.index(max(q))
+    for name, found in module.Measure(tmp_path / "resnet20.th", tmp_path / "cifar10.npz")(
+        tmp_path / "out" / "model.safetensors"
+    ).items():
+        assert found.kl == pytest.approx(expected[name], rel=1e-4)
+        assert found.agreement == pytest.approx(100 * same[name] / {"val": 5, "seen": 7}[name])
+    monkeypatch.setattr(sys, "argv", ["divergence.py", *files, str(tmp_path / "out" / "model.safetensors")])
+    capsys.readouterr()
+    module.main()
+    assert f"| {expected['val']:.4f} | {100 * same['val'] / 5:.2f} % |" in capsys.readouterr().out
+
+
+def one(picture: np.ndarray[Any, Any], network: Any) -> torch.Tensor:
+    """A picture as the network's input, by hand."""
+    spec = network.info.input_spec
+    channels = [(picture[..., c] / 255 - spec.mean[c]) / spec.std[c] for c in range(3)]
+    return torch.tensor(np.stack(channels), dtype=torch.float32)[None]
+
+
 def test_the_ablation_halves_the_learning_rate_of_constraint_and_budget() -> None:
     ablation = script("cifar10.ablation")
     assert ablation.replaced("learning rate halved", "two-bit-shift", 1) == ["--lr", "0.00025"]
@@ -503,15 +551,18 @@ def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypat
     for seed, loss in ((0, 1.0), (1, 3.0)):
         test = {"comparison": {"agreement": 90.0 + seed}, "loss": loss}
         name = ablation.stem(1, "binary", "learning rate constant, no multipliers, no window")
-        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"test": test}))
+        kl = {"val": 0.2 + seed, "seen": 0.1}
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"test": test, "kl": kl}))
     assert ablation.table(1, ["binary"]).splitlines()[2:] == [
-        "| learning rate constant, no multipliers, no window | 90.50 ± 0.71 % | 2.0000 |"
+        "| learning rate constant, no multipliers, no window | 90.50 ± 0.71 % | 2.0000 | 0.7000 | 0.1000 |"
     ]
     assert len({ablation.stem(1, "binary", part) for part in ablation.PARTS}) == len(ablation.PARTS)
 
 
 def test_the_ablation_stands_in_the_study_as_it_was_measured() -> None:
-    assert script("cifar10.ablation").table(2, ["binary"]) in (EXAMPLES / "cifar10" / "README.md").read_text()
+    text = (EXAMPLES / "cifar10" / "README.md").read_text()
+    for constraint in ("binary", "two-bit-shift"):
+        assert script("cifar10.ablation").table(2, [constraint]) in text
 
 
 @pytest.mark.medium

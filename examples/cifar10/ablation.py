@@ -17,9 +17,9 @@ from statistics import mean
 from typing import Any
 
 from cbpq.presets import Settings, parse_setting, resolve
+from examples.cifar10.divergence import NETWORK, Measure
 from examples.runs import keep, over_seeds, quantized
 
-NETWORK = "examples.cifar10.resnet:resnet20"
 RESULTS = Path(__file__).parent / "results"
 WHOLE = "the preset as it is"
 IMAGES = 45_000  # that are trained on
@@ -81,19 +81,21 @@ def main() -> None:
 
 
 def table(epochs: int, constraints: list[str]) -> str:
-    """The rows that have results, in Markdown: the share of held-out pictures with the original's answer, and the mean
-    cross-entropy, which still tells where answers hardly differ.
+    """The rows that have results, in Markdown: of held-out pictures the share with the original's answer, the mean
+    cross-entropy and KL divergence from the original, which still tell where answers hardly differ, and that divergence
+    on pictures that were trained on.
     """
     lines = [
-        f"| | {' | '.join(f'`{c}`, same answer | cross-entropy' for c in constraints)} |",
-        f"|---|{'---:|---:|' * len(constraints)}",
+        f"| | {' | '.join(f'`{c}`, same answer | cross-entropy | KL | KL seen' for c in constraints)} |",
+        f"|---|{'---:|---:|---:|---:|' * len(constraints)}",
     ]
     for part in PARTS:
         cells: list[str] = []
         found = [results(epochs, constraint, part) for constraint in constraints]
         for runs in found:
-            cells.append(over_seeds([run["comparison"]["agreement"] for run in runs]) if runs else "–")
-            cells.append(f"{mean(run['loss'] for run in runs):.4f}" if runs else "–")
+            cells.append(over_seeds([run["test"]["comparison"]["agreement"] for run in runs]) if runs else "–")
+            cells.append(f"{mean(run['test']['loss'] for run in runs):.4f}" if runs else "–")
+            cells += [f"{mean(run['kl'][name] for run in runs):.4f}" if runs else "–" for name in ("val", "seen")]
         if any(found):
             lines.append(f"| {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -102,7 +104,7 @@ def table(epochs: int, constraints: list[str]) -> str:
 def results(epochs: int, constraint: str, part: str) -> list[dict[str, Any]]:
     """What was measured in every finished run of one row."""
     paths = sorted(RESULTS.glob(f"{stem(epochs, constraint, part)}-[0-9]*.json"))
-    return [json.loads(path.read_text())["test"] for path in paths]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def stem(epochs: int, constraint: str, part: str) -> str:
@@ -140,7 +142,9 @@ def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -
     flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), *(["--amp"] if chosen.amp else [])]
     flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
     report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint, chosen.epochs))
-    kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]})
+    distances = Measure(chosen.weights, chosen.data)(chosen.work / name / "model.safetensors")
+    kl = {on: distance.kl for on, distance in distances.items()}
+    kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]}, kl=kl)
     print(f"{name} ({part}): {kept['test']['comparison']['agreement']:.2f} %", flush=True)
 
 
