@@ -11,6 +11,7 @@ Raw results go to ``results/``, a small JSON file each, and the table is printed
 import argparse
 import json
 import re
+from functools import cache
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -133,6 +134,12 @@ def replaced(part: str, constraint: str, epochs: int) -> list[str]:
     return [flag.format(**{name: f"{rate:.6g}" for name, rate in rates.items()}) for flag in PARTS[part]]
 
 
+@cache
+def measure(weights: Path, data: Path) -> Measure:
+    """Made once for all rows: it runs the original on every picture."""
+    return Measure(weights, data)
+
+
 def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -> None:
     """Quantize and measure on the held-out pictures, unless that was done."""
     name = f"{stem(chosen.epochs, constraint, part)}-{seed}"
@@ -142,7 +149,7 @@ def one_run(chosen: argparse.Namespace, part: str, constraint: str, seed: int) -
     flags = ["--weights", str(chosen.weights), "--data", str(chosen.data), *(["--amp"] if chosen.amp else [])]
     flags += ["-c", constraint, "--epochs", str(chosen.epochs), "--seed", str(seed), "--set", "evaluate_every=0"]
     report = quantized(chosen.work / name, NETWORK, *flags, *replaced(part, constraint, chosen.epochs))
-    distances = Measure(chosen.weights, chosen.data)(chosen.work / name / "model.safetensors")
+    distances = measure(chosen.weights, chosen.data)(chosen.work / name / "model.safetensors")
     kl = {on: distance.kl for on, distance in distances.items()}
     kept = keep(path, report, report["quantized"] | {"comparison": report["comparison"]}, kl=kl)
     print(f"{name} ({part}): {kept['test']['comparison']['agreement']:.2f} %", flush=True)
