@@ -78,6 +78,8 @@ def main() -> None:
     for seed, part, constraint in product(chosen.seeds, chosen.parts or range(len(names)), chosen.constraints):
         if names[part] == WHOLE or not as_it_is(names[part], constraint, chosen.epochs):
             one_run(chosen, names[part], constraint, seed)
+        else:
+            print(f"not run, as the preset for {constraint} has it already: {names[part]}", flush=True)
     print(table(chosen.epochs, chosen.constraints))
 
 
