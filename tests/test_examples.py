@@ -210,6 +210,41 @@ def test_an_original_to_tune_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(network.state_dict()["layer1.0.conv1.weight"], before)
 
 
+def test_an_original_that_was_interrupted_ends_where_one_that_was_not_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script("cifar10.original")
+    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "all.npz", train_images=images, train_labels=np.arange(60)[:, None] % 10)
+    monkeypatch.setattr(module, "TRAIN", 48)
+    answers, calls = module.answers, 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # an epoch is one batch to train on and one to measure on
+            raise KeyboardInterrupt
+        return answers(*given)
+
+    def trained(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name
+        arguments = ["original.py", "--data", str(tmp_path / "all.npz"), "--epochs", "2", "-o", str(folder), *flags]
+        monkeypatch.setattr(sys, "argv", arguments)
+        module.main()
+        assert set(contents(folder)) == {"cifar10.npz", "resnet20.safetensors"}
+        return load_file(folder / "resnet20.safetensors")
+
+    whole = trained("whole")
+    monkeypatch.setattr(module, "answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained("halves")
+    assert "training.pt" in contents(tmp_path / "halves")
+    halves = trained("halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    further = trained("further", "--weights", str(tmp_path / "whole" / "resnet20.safetensors"), "--lr", "1e-9")
+    torch.testing.assert_close(further["layer1.0.conv1.weight"], whole["layer1.0.conv1.weight"])
+
+
 def test_trials_stand_in_the_table_as_they_were_measured() -> None:
     folder = EXAMPLES / "cifar10"
     text = (folder / "TRIALS.md").read_text()
@@ -228,12 +263,13 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         held_out, kl = run["held_out"], run["kl"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{run['loss_of_last_steps']:.4f} | {kl['held_out']:.3f} | {kl['seen']:.3f} |" in text
-    last = [json.loads((folder / "results" / f"{name}-trials.json").read_text()) for name in ("soft-window", "variety")]
-    for run in (run for trials in last for run in trials["runs"]):
-        title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
-        held_out, kl = run["held_out"], run["kl"]
-        row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
-        assert f"{row}{kl['held_out']:.4f} | {kl['seen']:.4f} |" in text
+    for name in ("soft-window", "variety", "labels"):
+        for run in json.loads((folder / "results" / f"{name}-trials.json").read_text())["runs"]:
+            title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
+            held_out, kl = run["held_out"], run["kl"]
+            row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
+            row += f"{kl['held_out']:.4f} | {kl['seen']:.4f} |"
+            assert (f"{row} {held_out['top1']:.2f} % |" if name == "labels" else row) in text
     names = ("fading-ten-epochs-bfloat16-cbp", "former-ten-epochs-bfloat16-cbp", "hard-ten-epochs-cbp-binary")
     for name in (*names, "former-ten-epochs-bfloat16-straight-through", "linear-ten-epochs-cbp-binary"):
         (run,) = json.loads((folder / "results" / f"{name}.json").read_text())["runs"]
