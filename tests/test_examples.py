@@ -239,6 +239,8 @@ def test_an_original_that_was_interrupted_ends_where_one_that_was_not_does(
     with pytest.raises(KeyboardInterrupt):
         trained("halves")
     assert "training.pt" in contents(tmp_path / "halves")
+    with pytest.raises(SystemExit, match="of another --epochs or --lr"):
+        trained("halves", "--lr", "0.1")
     halves = trained("halves")
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     further = trained("further", "--weights", str(tmp_path / "whole" / "resnet20.safetensors"), "--lr", "1e-9")

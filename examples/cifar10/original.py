@@ -10,6 +10,7 @@ pictures by heart as public checkpoints do.
 """
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cbpq.atomic import atomic_write
 from cbpq.data import load_data
 from cbpq.inputs import InputSpec
 from examples.cifar10.resnet import INPUT_SPEC, resnet20
@@ -70,6 +72,8 @@ def train(network: nn.Module, split: Path, epochs: int, lr: float, saved: Path) 
     done = 0
     if saved.exists():
         state = torch.load(saved)
+        if state["asked"] != (epochs, lr):
+            raise SystemExit(f"{saved} is of another --epochs or --lr; give those, or delete it to start again")
         done = state.pop("done")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -85,9 +89,9 @@ def train(network: nn.Module, split: Path, epochs: int, lr: float, saved: Path) 
         with torch.no_grad():
             right = sum(int((answers(network, b.images).argmax(1) == b.labels).sum()) for b in data.val)
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}, held out {right / data.val.images:.2%}", flush=True)
-        state = {name: part.state_dict() for name, part in parts.items()} | {"done": epoch + 1}
-        torch.save(state, saved.with_suffix(".part"))
-        saved.with_suffix(".part").replace(saved)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(state | {"done": epoch + 1, "asked": (epochs, lr)}, buffer := BytesIO())
+        atomic_write(saved, buffer.getvalue())
 
 
 def answers(network: nn.Module, images: Tensor) -> Tensor:
