@@ -8,10 +8,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 UNKNOWN = "–"
+WIDEST = 10_000  # columns, more than any table takes
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ def render(console: Console, section: Section, hint: str = "") -> None:
             table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
         for row in section.rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
+        # one blank between columns instead of two does less harm than a name that is broken
+        if Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum > console.width:
+            table.padding = 0
         console.print(table)
     for note in (*section.notes, hint):
         if note:

@@ -131,7 +131,7 @@ class Comparison:
         several = len({row.method for row in rows}) > 1
         compared = self.against is not None
         columns: tuple[str, ...] = (
-            *("constraint", "method", self.measure, "agreement", "seeds", "step", "peak memory"),
+            *("constraint", "method", self.measure, "agreement", "n", "step", "memory"),
             *(("earlier",) if compared else ()),
         )
         table = [
@@ -149,8 +149,8 @@ class Comparison:
         ]
         budget = ", ".join(f"{name} {value}" for name, value in self.budget.items() if value is not None)
         notes = [
-            f"{self.measure}: mean ± sample standard deviation over seeds; the original has "
-            f"{sections.percent(self.original)}. Budget of each run: {budget}.",
+            f"{self.measure}: mean ± sample standard deviation of n seeds; the original has "
+            f"{sections.percent(self.original)}. Memory: the most in use at a time. Budget of each run: {budget}.",
         ]
         if compared:
             notes.append(

@@ -1,5 +1,6 @@
 """Comparisons of methods: what is run, what is kept, what is said of it, and what is refused."""
 
+import io
 import json
 import statistics
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from scipy import stats
 from small_job import Outcome, command, contents, one_line, refused, report_of
 
@@ -241,6 +243,21 @@ def test_what_looks_equal_is_equally_good() -> None:
     runs = tuple(standings.Outcome(*key, 0, score, 90.0, (), None, None, None) for key, score in scores.items())
     made = standings.Comparison("", {}, {}, {"epochs": 3}, "top-1", None, runs, {})
     assert [row[1] for row in made.section().rows] == ["cbp (best)", "proxquant (best)", "askewsgd"]
+
+
+def test_80_columns_break_no_name() -> None:
+    names = [(method, constraint) for constraint in ("binary", "two-bit-shift") for method in METHODS]
+    runs = tuple(
+        standings.Outcome(*name, seed, 97 + seed / 10, 97.5, (), 0.2, 10**9, None) for name in names for seed in (0, 1)
+    )
+    rows = [{"constraint": constraint, "method": method, "scores": [90.0, 91.0]} for method, constraint in names]
+    for against in (None, {"rows": rows}):
+        out = io.StringIO()
+        compared = standings.Comparison("", {}, {}, {"epochs": 2}, "agreement", 99.0, runs, {}, against)
+        compared.render(Console(width=80, file=out))
+        shown = out.getvalue()
+        assert all(word in shown.split() for name in names for word in name)
+        assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_the_plot_takes_runs_of_unequal_length(small_job: Path) -> None:
