@@ -8,7 +8,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +41,7 @@ def render(console: Console, section: Section, hint: str = "") -> None:
         for row in section.rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         # one blank between columns instead of two does less harm than a name that is broken
-        if Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum > console.width:
+        if console.measure(table, options=console.options.update(max_width=WIDEST)).maximum > console.width:
             table.padding = 0
         console.print(table)
     for note in (*section.notes, hint):
