@@ -40,7 +40,7 @@ class Settings:
     epochs: int = setting(100, 10, 0, "passes over the training data (the published code has no stopping rule)")
     batch_size: int = setting(256, 128, 64, "images per step", least=1)
     optimizer: str = setting("sgd", "adamw", "adamw", "sgd (with momentum) or adamw", choices=("sgd", "adamw"))
-    lr: float = setting(1e-3, 2e-3, 1e-3, "learning rate (its peak, where there is a schedule)")
+    lr: float = setting(1e-3, 1e-3, 1e-3, "learning rate (its peak, where there is a schedule)")
     lr_schedule: str = setting("constant", "cosine", "cosine", "over the budget", choices=("constant", "cosine"))
     warmup: float = setting(0.0, 0.05, 0.05, "share of the budget in which the learning rate rises from 0", most=1)
     momentum: float = setting(0.9, 0.9, 0.9, "of SGD", most=1, idle={"optimizer": "adamw"})
@@ -176,8 +176,8 @@ PAPER_MODELS: dict[str, dict[str, Any]] = {
     "cifar": {"lr": 1e-2, "batch_size": 128, "weight_decay": 1e-4, "multiplier_lr": 1e-3},
 }
 PAPER_SHIFT_LR = {"alexnet": 1e-4, "resnet50": 1e-4}
-# Finer levels are nearer to the start, and larger steps lead away from there first.
-DEFAULT_LR = {"one-bit-shift": 1e-3, "two-bit-shift": 5e-4}
+# The finer the levels, the nearer they are to the start, and larger steps lead away from there first.
+DEFAULT_LR = {"binary": 2e-3, "two-bit-shift": 5e-4}
 # Above so many steps a budget is long: smaller steps, as noise carries a weight a distance that grows with lr · √steps,
 # and weights that come to two levels gradually, from where they were. These end nearer to the original then, and not in
 # fewer steps; fast multipliers hold some before they have found their side (examples/cifar10/TRIALS.md).

@@ -62,7 +62,7 @@ SAME = 1e-5  # of a channel's largest weight: values closer than this differ by 
 @dataclass(frozen=True)
 class Levels:
     """A constraint that PARQ has a quantizer for. ``bits`` is how that names it (0 is ternary), ``cbpq`` how cbpq names
-    the nearest it has, which decides nothing but preset ``little-data`` and a compensated start.
+    the nearest it has, which decides nothing but the learning rate, preset ``little-data`` and a compensated start.
     """
 
     title: str
