@@ -483,7 +483,7 @@ def test_methods(job: Path, tmp_path: Path, method: str, preset: str, monkeypatc
     assert set(values[1:]) <= {1, 2}  # whatever the network computes with while it trains, the levels are measured
     report = report_of(tmp_path / "out")
     origins = {
-        "default": "preset default",
+        "default": "preset default, binary",
         "paper": f"preset paper, {'model cifar' if method == 'cbp' else f'method {method}'}",
     }
     assert report["method"] == method
