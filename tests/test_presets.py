@@ -204,14 +204,15 @@ def test_default_preset_leads_weights_gradually_to_two_levels_where_there_is_tim
     assert changed(*(resolve(constraint="ternary", images=images) for images in (0, 50_000))) == {"lr"}
     layers = [("you", {"epochs": 1})]
     for images, gradually in ((61_440, False), (61_441, True)):  # 480 steps, and more
-        settings = resolve(constraint="binary", images=images, layers=layers).settings
-        assert settings.of(CBP)["soft_window"] == gradually
+        resolved = resolve(constraint="binary", images=images, layers=layers)
+        assert resolved.settings.of(CBP)["soft_window"] == gradually
+        assert (changed(resolved, resolve(layers=layers)) == {"lr"}) != gradually
 
 
 def test_default_preset_takes_smaller_steps_for_finer_levels() -> None:
     rates = [resolve("default", constraint=name).settings.lr for name in CONSTRAINTS]
     assert list(CONSTRAINTS) == ["binary", "ternary", "one-bit-shift", "two-bit-shift"]
-    assert rates == sorted(rates, reverse=True)
+    assert rates == [2e-3, 1e-3, 1e-3, 5e-4]
     resolved = resolve("default", constraint="two-bit-shift")
     assert resolved.to_dict()["lr"] == {"value": 5e-4, "from": "preset default, two-bit-shift"}
     assert resolve("default", constraint="two-bit-shift", layers=[("you", {"lr": 0.1})]).settings.lr == 0.1
