@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cbpq.atomic import atomic_write
-from cbpq.errors import UsageError
+from cbpq.errors import CbpqError, UsageError, brief
 from cbpq.events import Event
 from cbpq.levels import level_set
 from cbpq.locking import check_free, held
@@ -104,9 +104,8 @@ def compare_methods(
             on_run(number, len(cells), cell, job, done)
             if overwrite or unfinished or not (folder / "report.json").exists():
                 execute(job, folder, resume=unfinished, overwrite=overwrite, listener=listener, should_stop=should_stop)
-            report = json.loads((folder / "report.json").read_text())
-            _check_same(report, job, folder)
-            done.append(outcome_of(report, cell, folder))
+            report, outcome = _finished(folder, cell, job)
+            done.append(outcome)
             comparison = comparison_of(report, job, done, command, earlier)
             texts = {
                 "comparison.json": json.dumps(comparison.to_dict(), indent=1),
@@ -160,13 +159,22 @@ def _claim(output: Path, cells: Sequence[Cell], *, resume: bool, overwrite: bool
         )
 
 
-def _check_same(report: Mapping[str, Any], job: Plan, folder: Path) -> None:
-    """Refuse a finished run that was made in another way."""
-    if different := differences(report, job):
+def _finished(folder: Path, cell: Cell, job: Plan) -> tuple[dict[str, Any], Outcome]:
+    """A finished run's report and outcome; refuses one that was made in another way than planned."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        different = differences(report, job)
+        outcome = outcome_of(report, cell, folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CbpqError(
+            f"the results in {folder} are damaged ({brief(error)}); delete that folder, and --resume runs it again"
+        ) from error
+    if different:
         raise UsageError(
             f"the finished run in {folder} differs in {', '.join(different)}; give the same settings, or use "
             "--overwrite to start again"
         )
+    return report, outcome
 
 
 def differences(report: Mapping[str, Any], job: Plan) -> list[str]:

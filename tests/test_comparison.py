@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,29 @@ def test_finished_runs_with_other_settings_are_not_mixed_in(small_job: Path) -> 
     # more seeds are no other settings
     assert compare("--method", "cbp", "--seeds", 2, "--resume", "--set", "temperature=3").code == 0
     assert document()["rows"][0]["deviation"] is not None
+
+
+def test_damaged_results_are_told_and_can_be_made_again(small_job: Path) -> None:
+    assert compare("--method", "cbp", "--seeds", 1).code == 0
+    (cell,), first = (small_job / "out" / "runs").iterdir(), document()["runs"]
+    for name, text in [
+        ("report.json", ""),
+        ("report.json", "[]"),
+        ("report.json", '{"settings": {"lr": [0.1, "here"]}}'),
+        ("report.json", '{"settings": {}}'),
+        ("events.jsonl", "{"),
+        ("events.jsonl", None),
+    ]:
+        kept = (cell / name).read_bytes()
+        if text is None:
+            (cell / name).unlink()
+        else:
+            (cell / name).write_text(text)
+        refused(compare("--method", "cbp", "--seeds", 1, "--resume"), 1, f"{cell.name} are damaged")
+        (cell / name).write_bytes(kept)
+    shutil.rmtree(cell)
+    assert compare("--method", "cbp", "--seeds", 1, "--resume").code == 0
+    assert [run["score"] for run in document()["runs"]] == [run["score"] for run in first]
 
 
 def test_against_an_earlier_one(small_job: Path) -> None:
