@@ -167,7 +167,8 @@ def _finished(folder: Path, cell: Cell, job: Plan) -> tuple[dict[str, Any], Outc
         outcome = outcome_of(report, cell, folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CbpqError(
-            f"the results in {folder} are damaged ({brief(error)}); delete that folder, and --resume runs it again"
+            f"the results in {folder} are damaged or of another version ({brief(error)}); delete that folder, and "
+            "--resume runs it again"
         ) from error
     if different:
         raise UsageError(
