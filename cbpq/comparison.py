@@ -48,6 +48,7 @@ def compare_methods(
     constraints: Sequence[str],
     methods: Sequence[str] | None = None,
     seeds: int = 3,
+    first_seed: int = 0,
     against: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -66,7 +67,8 @@ def compare_methods(
         output: folder for the results.
         constraints: see ``cbpq.levels.level_set``.
         methods: see ``cbpq.methods``; None for each that can have the constraint.
-        seeds: how many; they are 0, 1, 2, …
+        seeds: how many.
+        first_seed: the first of them, the others follow it; so parts of a comparison can be run apart.
         against: an earlier ``comparison.json`` to compare with.
         resume: go on with what is in ``output``; finished runs are kept.
         overwrite: replace what is in ``output``.
@@ -81,13 +83,19 @@ def compare_methods(
         CbpqError: what went wrong; finished runs are intact.
         Interrupted: ``should_stop`` said so.
     """
-    cells = combinations(constraints, methods, seeds)
+    cells = combinations(constraints, methods, seeds, first_seed)
     earlier = read_comparison(against) if against is not None else None
     _claim(output, cells, resume=resume, overwrite=overwrite)
-    done: list[Outcome] = []
+    outcomes: dict[Cell, Outcome] = {}
     comparison: Comparison | None = None
+
+    def to_make(cell: Cell) -> bool:
+        folder = output / "runs" / cell.folder
+        return overwrite or state_file(folder).exists() or not (folder / "report.json").exists()
+
     with held(output):
-        for number, cell in enumerate(cells, 1):
+        # what is finished comes first: whether it may stay is known before hours go into the others
+        for number, cell in enumerate(sorted(cells, key=to_make), 1):
             folder = output / "runs" / cell.folder
             seeded = [*settings, ("the comparison", {"seed": cell.seed})]
             unfinished = state_file(folder).exists() and not overwrite
@@ -101,12 +109,11 @@ def compare_methods(
                 resume=unfinished,
                 **choices,
             )
-            on_run(number, len(cells), cell, job, done)
-            if overwrite or unfinished or not (folder / "report.json").exists():
+            on_run(number, len(cells), cell, job, in_order(outcomes, cells))
+            if to_make(cell):
                 execute(job, folder, resume=unfinished, overwrite=overwrite, listener=listener, should_stop=should_stop)
-            report, outcome = _finished(folder, cell, job)
-            done.append(outcome)
-            comparison = comparison_of(report, job, done, command, earlier)
+            report, outcomes[cell] = _finished(folder, cell, job)
+            comparison = comparison_of(report, job, in_order(outcomes, cells), command, earlier)
             texts = {
                 "comparison.json": json.dumps(comparison.to_dict(), indent=1),
                 "comparison.md": comparison.to_markdown(),
@@ -118,7 +125,9 @@ def compare_methods(
     return comparison
 
 
-def combinations(constraints: Sequence[str], methods: Sequence[str] | None, seeds: int) -> list[Cell]:
+def combinations(
+    constraints: Sequence[str], methods: Sequence[str] | None, seeds: int, first_seed: int = 0
+) -> list[Cell]:
     """All runs, the first seed of every combination first.
 
     Raises:
@@ -132,6 +141,8 @@ def combinations(constraints: Sequence[str], methods: Sequence[str] | None, seed
                 raise UsageError(f"--{what} {name} was given twice")
     if seeds < 1:
         raise UsageError(f"{seeds} seeds are too few; give 1 or more")
+    if first_seed < 0:
+        raise UsageError(f"seeds are 0 or more, not {first_seed}")
     pairs = []
     for levels, method in product(map(level_set, constraints), METHODS if methods is None else methods):
         try:
@@ -141,7 +152,12 @@ def combinations(constraints: Sequence[str], methods: Sequence[str] | None, seed
                 raise
         else:
             pairs.append((levels.name, method))
-    return [Cell(method, name, seed) for seed in range(seeds) for name, method in pairs]
+    return [Cell(method, name, seed) for seed in range(first_seed, first_seed + seeds) for name, method in pairs]
+
+
+def in_order(outcomes: Mapping[Cell, Outcome], cells: Sequence[Cell]) -> list[Outcome]:
+    """The outcomes there are, in the order of ``cells`` and not of their making."""
+    return [outcomes[cell] for cell in cells if cell in outcomes]
 
 
 def _claim(output: Path, cells: Sequence[Cell], *, resume: bool, overwrite: bool) -> None:

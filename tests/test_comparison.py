@@ -118,6 +118,17 @@ def test_finished_runs_with_other_settings_are_not_mixed_in(small_job: Path) -> 
     assert document()["rows"][0]["deviation"] is not None
 
 
+def test_finished_runs_are_looked_at_before_any_is_made(small_job: Path) -> None:
+    flags, runs = ("--method", "cbp", "-c", "binary", "-c", "ternary"), small_job / "out" / "runs"
+    assert compare(*flags, "--seeds", 1).code == 0
+    shutil.rmtree(runs / "cbp-binary-0")
+    refused(compare(*flags, "--seeds", 1, "--resume", "--set", "temperature=3"), 2, "cbp-ternary-0 differs")
+    assert not (runs / "cbp-binary-0").exists()
+    # rows are in the order asked for
+    assert compare(*flags, "--seeds", 1, "--resume").code == 0
+    assert [row["constraint"] for row in document()["rows"]] == ["binary", "ternary"]
+
+
 def test_damaged_results_are_told_and_can_be_made_again(small_job: Path) -> None:
     assert compare("--method", "cbp", "--seeds", 1).code == 0
     (cell,), first = (small_job / "out" / "runs").iterdir(), document()["runs"]
@@ -197,6 +208,7 @@ def test_seeds_come_one_after_the_other() -> None:
     assert cells == [Cell("cbp", name, seed) for seed in (0, 1) for name in ("binary", "shift:2")]
     assert len({cell.folder for cell in cells}) == 4
     assert not any(character in cell.folder for cell in cells for character in ":,/")
+    assert combinations(["binary", "shift:2"], ["cbp"], 1, first_seed=1) == cells[2:]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +226,11 @@ def test_seeds_come_one_after_the_other() -> None:
 def test_combinations_that_make_no_sense(constraints: list[str], methods: list[str], seeds: int, words: str) -> None:
     with pytest.raises(CbpqError, match=words):
         combinations(constraints, methods, seeds)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(UsageError, match="0 or more, not -1"):
+        combinations(["binary"], ["cbp"], 1, first_seed=-1)
 
 
 def test_by_default_each_method_that_can_have_the_constraint() -> None:

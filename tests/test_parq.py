@@ -58,6 +58,9 @@ def test_runs_are_made_once(small_job: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("parq-binary-1: epoch 1 of 1, loss ")
     assert {path: path.read_bytes() for path in before} == before
     assert [len(row["scores"]) for row in document("parq")["rows"]] == [2]
+    assert parq("--constraint", "binary", "--seeds", 1, "--first-seed", 1, "--set", "batch_size=32") == 0
+    assert [run["seed"] for run in document("parq")["runs"]] == [1]
+    capsys.readouterr()
     assert parq("--constraint", "binary", "--set", "batch_size=16", "--steepness", 10) == 2
     assert "differs in batch_size, steepness; name another folder" in refusal(capsys)
 
@@ -78,6 +81,7 @@ def test_a_weight_that_is_not_on_its_levels_is_told(small_job: Path, capsys: pyt
     [
         (("--constraint", "binary", "two-bit-shift"), "PARQ has no quantizer for 'two-bit-shift'; choose from binary,"),
         (("--seeds", 0), "too few"),
+        (("--first-seed", -1), "0 or more, not -1"),
         (("--anneal-end", 2), "share of the budget"),
     ],
 )

@@ -55,9 +55,19 @@ def command(
     seeds: Annotated[
         int,
         typer.Option(
-            "--seeds", metavar="N", min=1, help="Runs of each: seeds 0 to N−1.", rich_help_panel=common.CONSTRAINT
+            "--seeds", metavar="N", min=1, help="Runs of each, from --first-seed on.", rich_help_panel=common.CONSTRAINT
         ),
     ] = 3,
+    first_seed: Annotated[
+        int,
+        typer.Option(
+            "--first-seed",
+            metavar="N",
+            min=0,
+            help="Seed of the first run of each: to run parts of a comparison apart.",
+            rich_help_panel=common.CONSTRAINT,
+        ),
+    ] = 0,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +153,7 @@ def command(
             constraints=constraints or [one_constraint],
             methods=methods or None,
             seeds=seeds,
+            first_seed=first_seed,
             against=against,
             resume=resume,
             overwrite=overwrite,

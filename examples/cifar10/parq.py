@@ -105,7 +105,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True)
     parser.add_argument("--constraint", nargs="+", default=list(CONSTRAINTS), help=", ".join(CONSTRAINTS))
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each: seeds 0 to N−1")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each, from --first-seed on")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device")
     parser.add_argument("--amp", action="store_true", default=None)
@@ -133,6 +134,8 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
             raise UsageError(f"PARQ has no quantizer for {name!r}; choose from {', '.join(CONSTRAINTS)}")
     if chosen.seeds < 1:
         raise UsageError(f"{chosen.seeds} seeds are too few; give 1 or more")
+    if chosen.first_seed < 0:
+        raise UsageError(f"seeds are 0 or more, not {chosen.first_seed}")
     if not (chosen.steepness > 0 and 0 < chosen.anneal_end <= 1):
         raise UsageError("--steepness must be above 0, and --anneal-end a share of the budget above 0 and at most 1")
     parq = require_extra("torchao.prototype.parq", "torchao")
@@ -143,7 +146,8 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
     with writing(chosen.output):
         chosen.output.mkdir(parents=True, exist_ok=True)
     done: list[Outcome] = []
-    for seed, name in product(range(chosen.seeds), dict.fromkeys(chosen.constraint)):
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
+    for seed, name in product(seeds, dict.fromkeys(chosen.constraint)):
         settings = [*layers, ("the comparison", {"seed": seed})]
         constraint = CONSTRAINTS[name].cbpq
         job = plan(
