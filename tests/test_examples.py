@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -599,8 +600,8 @@ def test_a_row_of_the_ablation_is_made_of_its_own_runs(tmp_path: Path, monkeypat
 
 def test_the_ablation_stands_in_the_study_as_it_was_measured() -> None:
     text = (EXAMPLES / "cifar10" / "README.md").read_text()
-    for constraint in ("binary", "two-bit-shift"):
-        assert script("cifar10.ablation").table(2, [constraint]) in text
+    for epochs, constraint in product((2, 10), ("binary", "two-bit-shift")):
+        assert script("cifar10.ablation").table(epochs, [constraint]) in text
 
 
 @pytest.mark.medium
