@@ -139,10 +139,7 @@ def combinations(
         for name in names:
             if list(names).count(name) > 1:
                 raise UsageError(f"--{what} {name} was given twice")
-    if seeds < 1:
-        raise UsageError(f"{seeds} seeds are too few; give 1 or more")
-    if first_seed < 0:
-        raise UsageError(f"seeds are 0 or more, not {first_seed}")
+    chosen_seeds = seed_range(seeds, first_seed)
     pairs = []
     for levels, method in product(map(level_set, constraints), METHODS if methods is None else methods):
         try:
@@ -152,7 +149,20 @@ def combinations(
                 raise
         else:
             pairs.append((levels.name, method))
-    return [Cell(method, name, seed) for seed in range(first_seed, first_seed + seeds) for name, method in pairs]
+    return [Cell(method, name, seed) for seed in chosen_seeds for name, method in pairs]
+
+
+def seed_range(seeds: int, first_seed: int) -> range:
+    """As many seeds, from the first one on.
+
+    Raises:
+        UsageError: none, or one below 0.
+    """
+    if seeds < 1:
+        raise UsageError(f"{seeds} seeds are too few; give 1 or more")
+    if first_seed < 0:
+        raise UsageError(f"seeds are 0 or more, not {first_seed}")
+    return range(first_seed, first_seed + seeds)
 
 
 def in_order(outcomes: Mapping[Cell, Outcome], cells: Sequence[Cell]) -> list[Outcome]:

@@ -38,7 +38,7 @@ from rich.console import Console
 from torch import nn
 
 from cbpq.atomic import atomic_write, writing
-from cbpq.comparison import Cell, comparison_of, differences, score_of
+from cbpq.comparison import Cell, comparison_of, differences, score_of, seed_range
 from cbpq.compensation import Rounding, round_network
 from cbpq.configuration import combine
 from cbpq.data import Data
@@ -132,10 +132,7 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
     for name in chosen.constraint:
         if name not in CONSTRAINTS:
             raise UsageError(f"PARQ has no quantizer for {name!r}; choose from {', '.join(CONSTRAINTS)}")
-    if chosen.seeds < 1:
-        raise UsageError(f"{chosen.seeds} seeds are too few; give 1 or more")
-    if chosen.first_seed < 0:
-        raise UsageError(f"seeds are 0 or more, not {chosen.first_seed}")
+    seeds = seed_range(chosen.seeds, chosen.first_seed)
     if not (chosen.steepness > 0 and 0 < chosen.anneal_end <= 1):
         raise UsageError("--steepness must be above 0, and --anneal-end a share of the budget above 0 and at most 1")
     parq = require_extra("torchao.prototype.parq", "torchao")
@@ -146,7 +143,6 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
     with writing(chosen.output):
         chosen.output.mkdir(parents=True, exist_ok=True)
     done: list[Outcome] = []
-    seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
     for seed, name in product(seeds, dict.fromkeys(chosen.constraint)):
         settings = [*layers, ("the comparison", {"seed": seed})]
         constraint = CONSTRAINTS[name].cbpq
