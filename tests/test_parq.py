@@ -41,6 +41,7 @@ def test_runs_are_made_once(small_job: Path, capsys: pytest.CaptureFixture[str])
     assert parq("--constraint", *LEVELS, "--seeds", 1, "--set", "batch_size=32") == 0
     shown = capsys.readouterr()
     assert [line.split(":")[0] for line in shown.err.splitlines()] == [f"parq-{name}-0" for name in LEVELS]
+    assert document("parq")["command"].startswith("python -m examples.cifar10.parq")  # and no path of this machine
     assert "four levels (2 bit)" in " ".join(shown.out.split())
     for name, count in LEVELS.items():
         run = document(f"parq-{name}-0")

@@ -142,6 +142,8 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
     own = {"start": chosen.start, "steepness": chosen.steepness, "anneal_end": chosen.anneal_end}
     with writing(chosen.output):
         chosen.output.mkdir(parents=True, exist_ok=True)
+    # as a reader would type it: argv[0] is a path of this machine
+    command = shlex.join(["python", "-m", "examples.cifar10.parq", *sys.argv[1:]])
     done: list[Outcome] = []
     for seed, name in product(seeds, dict.fromkeys(chosen.constraint)):
         settings = [*layers, ("the comparison", {"seed": seed})]
@@ -157,7 +159,7 @@ def run_all(chosen: argparse.Namespace) -> Comparison:
         if different := [*differences(report, job), *(key for key in own if report["parq"][key] != own[key])]:
             raise UsageError(f"the finished run {path} differs in {', '.join(different)}; name another folder with -o")
         done.append(outcome_of(report, CONSTRAINTS[name], seed))
-        comparison = comparison_of(report, job, done, shlex.join(sys.argv))
+        comparison = comparison_of(report, job, done, command)
         shared = {key: value for key, value in job.resolved.settings.to_dict().items() if key != "seed"}
         document = comparison.to_dict() | {"parq": own, "settings": shared}
         atomic_write(chosen.output / "parq.json", json.dumps(document, indent=1).encode())
