@@ -266,7 +266,7 @@ def test_trials_stand_in_the_table_as_they_were_measured() -> None:
         held_out, kl = run["held_out"], run["kl"]
         row = f"{title} | {held_out['agreement']:.2f} % | {held_out['cross_entropy']:.4f} | "
         assert f"{row}{run['loss_of_last_steps']:.4f} | {kl['held_out']:.3f} | {kl['seen']:.3f} |" in text
-    for name in ("soft-window", "variety", "labels"):
+    for name in ("soft-window", "variety", "labels", "rivals"):
         for run in json.loads((folder / "results" / f"{name}-trials.json").read_text())["runs"]:
             title = f"| {run['epochs']} | {run['what']}" + (r" \*" if run["by_hand"] else "")
             held_out, kl = run["held_out"], run["kl"]
