@@ -126,7 +126,12 @@ class Settings:
     )
     # the grid
     scale_rule: str = setting(
-        "mean-abs", "least-squares", "least-squares", "first scale", choices=("mean-abs", "least-squares")
+        "mean-abs",
+        "least-squares",
+        "least-squares",
+        "first scale; compensated rounding finds its own",
+        choices=("mean-abs", "least-squares"),
+        idle={"rounding": "compensated"},
     )
     scale_granularity: str = setting("layer", "channel", "channel", "one scale for each", choices=("layer", "channel"))
     learn_scales: bool = setting(False, True, True, "train the scales along with the weights")

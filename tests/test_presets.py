@@ -69,6 +69,8 @@ def test_what_makes_a_setting_idle_is_another_settings_value(name: str) -> None:
                 "distillation_loss": "distillation is 0.0",
             },
         ),
+        ({"scale_rule": "mean-abs"}, "cbp", {"scale_rule": "rounding is compensated"}),
+        ({"scale_rule": "mean-abs", "rounding": "nearest"}, "cbp", {}),
         ({"momentum": 0.8, "epochs": 3}, "cbp", {"momentum": "optimizer is adamw"}),
         ({"momentum": 0.8, "optimizer": "sgd"}, "cbp", {}),
         ({"scale_lr": 0.5, "learn_scales": False}, "cbp", {"scale_lr": "learn_scales is false"}),
