@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from cbpq.levels import Grid
 from cbpq.methods.base import Method, Slot
-from cbpq.scales import SMALLEST_SCALE
+from cbpq.scales import SMALLEST_SCALE, initial_scale
 
 PIECE = 2**17  # weights per thread: less and Python takes longer than the arithmetic, more and caches overflow
 
@@ -59,7 +59,7 @@ class ConstrainedWeight:
             if method.on_levels():
                 piece = piece._replace(nearest=constrained[rows])
             part = followed[rows]
-            if scale.requires_grad and not method.fits_scales():
+            if scale.requires_grad and method.scale_fit() is None:
                 nearest = piece.grid.nearest(piece.latent) if piece.nearest is None else piece.nearest
                 sums.append(scale_sums(part, nearest, scale))
             wanted = method.gradient(piece, part, lr)
@@ -77,8 +77,8 @@ class ConstrainedWeight:
             return
         if self.parameter.data_ptr() != latent.data_ptr():  # an optimizer that makes new tensors
             latent.copy_(self.parameter)
-        if method.fits_scales():
-            self._fit_scale()
+        if (multiple := method.scale_fit()) is not None:
+            self._fit_scale(multiple)
         elif scale.requires_grad:
             scale.clamp_(min=SMALLEST_SCALE)
 
@@ -88,11 +88,17 @@ class ConstrainedWeight:
 
         self.install(corrected)
 
-    def _fit_scale(self) -> None:
-        """a ← Σ w q / Σ q², which brings the constrained weights nearest to the latent ones on the levels q that these
-        have now; for two levels the mean magnitude. Where all are on level 0 the scale stays.
+    def _fit_scale(self, multiple: float) -> None:
+        """a ← ``multiple`` · mean |w|; with 0, a ← Σ w q / Σ q², which brings the constrained weights nearest to the
+        latent ones on the levels q that these have now; for two levels the mean magnitude. Where all are on level 0
+        the scale stays.
         """
-        scale = self.slot.grid.scale
+        scale, levels = self.slot.grid.scale, self.slot.grid.level_set
+        if multiple:
+            granularity = "channel" if scale.dim() else "layer"
+            mean = initial_scale(self.slot.latent, levels, "mean-abs", granularity)
+            scale.copy_(mean.mul_(multiple)).clamp_(min=SMALLEST_SCALE)
+            return
         sums = [scale_sums(piece.latent, piece.grid.nearest(piece.latent), scale) for _, piece in self.pieces]
         products, squares = _over_pieces(sums, scale)  # a Σ w q and a² Σ q²
         scale.mul_(torch.where(squares > 0, products / squares, 1.0)).clamp_(min=SMALLEST_SCALE)

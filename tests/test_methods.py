@@ -143,9 +143,15 @@ def test_conformance(method: str, constraint: str, preset: str, scale: float) ->
 
 @pytest.mark.parametrize("constraint", [*NAMES, *TWO_LEVELS])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("multiple", [0, 1.1])
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_conformance_with_a_soft_window(constraint: str, granularity: str, scale: float) -> None:
-    given = {"soft_window": True, "window_close": 0.5, "scale_granularity": granularity}
+def test_conformance_with_a_soft_window(constraint: str, granularity: str, multiple: float, scale: float) -> None:
+    given = {
+        "soft_window": True,
+        "window_close": 0.5,
+        "scale_granularity": granularity,
+        "soft_window_scale": multiple,
+    }
     conforms("cbp", constraint, "default", scale, given)
 
 
@@ -587,7 +593,7 @@ def test_a_soft_window(name: str, scale: float) -> None:
     for progress in (0.0, 0.2, 0.4, 0.79, 0.8):
         assert method.advance(progress, [slot]).weights_changed
         window = method.scalars["window"]
-        assert method.on_levels() == (window == math.inf) == (not method.fits_scales())
+        assert method.on_levels() == (window == math.inf) == (method.scale_fit() is None)
         found = method.constrained_weight(slot)
         if method.on_levels():
             assert torch.equal(found, grid.nearest(latent))
@@ -615,16 +621,23 @@ def test_a_window_is_soft_in_schedule_progress_alone() -> None:
     hard, published = cbp(multiplier_schedule="progress"), cbp(soft_window=True)
     for method in (hard, published):
         assert method.on_levels()
-        assert not method.fits_scales()
+        assert method.scale_fit() is None
 
 
 @pytest.mark.parametrize("learn_scales", [True, False])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize("multiple", [0, 1, 1.35])
 @pytest.mark.parametrize("constraint", [*NAMES, *TWO_LEVELS])
 def test_scales_follow_the_weights_while_the_window_is_open(
-    constraint: str, granularity: str, learn_scales: bool
+    constraint: str, multiple: float, granularity: str, learn_scales: bool
 ) -> None:
-    given = {"soft_window": True, "window_close": 0.5, "learn_scales": learn_scales, "scale_granularity": granularity}
+    given = {
+        "soft_window": True,
+        "window_close": 0.5,
+        "learn_scales": learn_scales,
+        "scale_granularity": granularity,
+        "soft_window_scale": multiple,
+    }
     problem = Problem(constraint, "cbp", given=given)
     for stop in range(1, STEPS // 2 + 1):
         before = {name: problem.constrained.grid(name).scale.detach().clone() for name in problem.constrained.names}
@@ -634,8 +647,8 @@ def test_scales_follow_the_weights_while_the_window_is_open(
             for row, (weights, q) in enumerate(zip(latent, grid.level(latent), strict=True)):
                 if granularity == "layer":
                     weights, q = latent, grid.level(latent)
-                if q.square().sum() > 0:
-                    fitted = (weights * q).sum() / q.square().sum()
+                if multiple or q.square().sum() > 0:
+                    fitted = multiple * weights.abs().mean() if multiple else (weights * q).sum() / q.square().sum()
                     now = problem.constrained.grid(name).scale.detach()
                     assert float(now if granularity == "layer" else now[row]) == pytest.approx(float(fitted), rel=1e-5)
     before = {name: problem.constrained.grid(name).scale.detach().clone() for name in problem.constrained.names}

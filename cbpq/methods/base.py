@@ -85,9 +85,11 @@ class Method(ABC):
         """
         return True
 
-    def fits_scales(self) -> bool:
-        """Whether each scale is fitted to the latent weights after every step for now, instead of being learned."""
-        return False
+    def scale_fit(self) -> float | None:
+        """How each scale follows the latent weights after every step for now: as this multiple of their mean magnitude,
+        or, with 0, by least squares; ``None`` where scales are learned, or stay.
+        """
+        return None
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """What the network computes with while it trains, in the latent weight's shape: the nearest level, or

@@ -34,7 +34,7 @@ until the window is shut the network computes not with its nearest level, but wi
     middle + clip(g (w − middle), −gap/2, gap/2)              middle and width of the gap that w lies in          (2)
 
 which is w itself at g = 1 and its nearest level at the end, and outside the window all along: the proximal map of PARQ
-(Jin et al., ICML 2025, arXiv 2503.15748). Meanwhile the scale is the least-squares one for the latent weights.
+(Jin et al., ICML 2025, arXiv 2503.15748). Meanwhile the scale follows the latent weights, by ``soft_window_scale``.
 
 Departures from the published code: on a midpoint the upper level is taken (there sign(0) = 0 gives a value that is no
 level); from one update to the next, λ's Adam moments (of the second, the root) rest in float16, in units of the scale.
@@ -112,6 +112,15 @@ class CBP(Method):
         "weights in the window compute between the levels until it is shut, and scales follow the weights (progress)",
         idle={"multiplier_schedule": "lagrangian"},
     )
+    soft_window_scale: float = setting(
+        0.0,
+        0.0,
+        0.0,
+        "what scales are meanwhile, as a multiple of the mean magnitude of the weights; 0: what brings the levels "
+        "nearest to them (for ternary ones about 1.5)",
+        most=10,
+        idle={"multiplier_schedule": "lagrangian", "soft_window": False},
+    )
     gradient_clip: float = setting(
         1.0, 1.0, 1.0, "bound on each component of a constrained weight's gradient, 0 for none"
     )
@@ -156,9 +165,9 @@ class CBP(Method):
         """Whether no weight is between two levels."""
         return self.follows_lagrangian or not self.soft_window or self.scalars["window"] == math.inf
 
-    def fits_scales(self) -> bool:
-        """As long as weights are between the levels."""
-        return not self.on_levels()
+    def scale_fit(self) -> float | None:
+        """One as long as weights are between the levels."""
+        return None if self.on_levels() else self.soft_window_scale
 
     def constrained_weight(self, slot: Slot) -> Tensor:
         """The nearest level, or equation (2)."""
